@@ -1,0 +1,1 @@
+"""Readers and writers of released checkpoint formats, one file per format."""

@@ -1,0 +1,1 @@
+"""The networks: the video DiT, its attention and cache, the streaming VAE and the text encoder."""

@@ -1,0 +1,1 @@
+"""Presets and the programs that users start: generate, extend, plan, train."""
