@@ -1,0 +1,89 @@
+"""A method: one complete way of making a long video, as a frozen value. Plain Python, no tensor."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from longvid.schedule import Noise, Schedule, Solver, skyreels_schedule, uniform_schedule, wan_schedule
+
+
+class Kind(StrEnum):
+    """What a pass covers and sees."""
+
+    CAUSAL = "causal"
+    TWO_SIDED = "two-sided"
+    JOINT = "joint"
+
+
+class LevelRule(StrEnum):
+    """Which published list of levels a method walks down."""
+
+    WAN = "wan"
+    SKYREELS = "skyreels"
+    UNIFORM = "uniform"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A complete way of making a long video. Sizes and context are in latents.
+
+    `sink`, `history`, `left` and `right` bound the context: the video's first latents, clean latents directly before,
+    latents of cleaner neighbours still in the queue, latents of the noisier neighbour. `max_keys` bounds what one
+    attention sees in all (0: no bound). `window` > 0 cuts the video into windows that each run a matrix of their own
+    and share `overlap` clean latents with the one before; `condition_level` is the noise put on them.
+    """
+
+    name: str
+    kind: Kind
+    block_size: int
+    first_block_size: int
+    num_steps: int
+    lag: int
+    solver: Solver
+    level_rule: LevelRule
+    flow_shift: float
+    guidance_scale: float
+    noise: Noise = Noise.IID
+    sink: int = 0
+    history: int = 0
+    left: int = 0
+    right: int = 0
+    max_keys: int = 0
+    retire: bool = False
+    retire_sees_sink: bool = True
+    context_level: float = 0.0
+    window: int = 0
+    overlap: int = 0
+    condition_level: float = 0.0
+
+    def __post_init__(self):
+        for name, low in [("block_size", 1), ("first_block_size", 1), ("num_steps", 1), ("lag", 0), ("sink", 0),
+                          ("history", 0), ("left", 0), ("right", 0), ("max_keys", 0), ("window", 0), ("overlap", 0)]:  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {low}; try {max(low, 1)}")
+        if self.lag > self.num_steps:
+            raise ValueError(f"lag={self.lag} must be at most num_steps={self.num_steps}; try {self.num_steps}")
+        for name in ("guidance_scale", "context_level", "condition_level"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number; try 1.0")
+        for name in ("context_level", "condition_level"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1; try 0.02")
+        if self.window and self.overlap >= self.window:
+            raise ValueError(f"overlap={self.overlap} must be below window={self.window}; try {self.window // 5}")
+        if self.kind is Kind.TWO_SIDED and max(self.left, self.right) > self.block_size:
+            context = max(self.left, self.right)
+            raise ValueError(f"left and right context ({context} latents) must fit block_size={self.block_size}; "
+                             f"try block_size {context}")  # fmt: skip
+        self.schedule()
+
+    @property
+    def num_lanes(self) -> int:
+        """Forwards that guidance needs: with a scale of 1 the unconditional one is not computed."""
+        return 1 if self.guidance_scale == 1 else 2
+
+    def schedule(self) -> Schedule:
+        """Levels and timesteps of the steps."""
+        rules = {LevelRule.WAN: wan_schedule, LevelRule.SKYREELS: skyreels_schedule, LevelRule.UNIFORM: uniform_schedule}
+        return rules[self.level_rule](self.num_steps, self.flow_shift)

@@ -1,0 +1,73 @@
+"""Attention over concatenated context, and the 3-axis rotary positions of Wan.
+
+Axes: b batch, f latents, h height and w width in patches, n heads, d head dimension, s = h * w tokens of one latent.
+
+Keys are kept before rotation and rotated when they are read, by their place in what this pass sees. So a position is
+an offset from the start of the context, never a count of the whole video, and no video is too long for the table.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+class KV(NamedTuple):
+    """Self-attention features of some latents in one layer, keys before rotation: each (b, f, s, n, d)."""
+
+    keys: Tensor
+    values: Tensor
+
+    def narrow(self, start: int, stop: int) -> "KV":
+        """The latents from `start` up to `stop`."""
+        return KV(self.keys[:, start:stop], self.values[:, start:stop])
+
+
+def join(features: list[KV]) -> KV:
+    """Features one behind the other in time."""
+    if len(features) == 1:
+        return features[0]
+    return KV(torch.cat([kv.keys for kv in features], 1), torch.cat([kv.values for kv in features], 1))
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of every token's angles, each (tokens, 1, d / 2), float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@lru_cache(maxsize=64)
+def rotation(num_latents: int, height: int, width: int, head_dim: int, device: torch.device) -> Rotation:
+    """Angles of `num_latents * height * width` tokens at time positions 0, 1, ...
+
+    Of a head's `d` dimensions height and width get `2 * (d // 6)` each and time the rest (44/42/42 of 128), with
+    base 10000 per axis (Wan 2.1). Computed in float64.
+    """
+    spatial = 2 * (head_dim // 6)
+    angles = []
+    for axis, (count, dim) in enumerate([(num_latents, head_dim - 2 * spatial), (height, spatial), (width, spatial)]):
+        frequencies = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+        angle = torch.arange(count, dtype=torch.float64, device=device)[:, None] * frequencies
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = count
+        angles.append(angle.view(shape).expand(num_latents, height, width, -1))
+    angle = torch.cat(angles, -1).flatten(0, 2)[:, None]
+    return Rotation(angle.cos().float(), angle.sin().float())
+
+
+def rotate(x: Tensor, turn: Rotation, start: int = 0) -> Tensor:
+    """Turn each pair of neighbouring features of `x` (b, tokens, n, d) by the angle of token `start + its index`."""
+    stop = start + x.shape[1]
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turned = pairs * torch.complex(turn.cos[start:stop], turn.sin[start:stop])
+    return torch.view_as_real(turned).flatten(-2).type_as(x)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention; all (b, tokens, n, d). A boolean `mask` (queries, keys) is for training only."""
+    heads_first = [rearrange(x, "b l n d -> b n l d") for x in (query, keys, values)]
+    return rearrange(F.scaled_dot_product_attention(*heads_first, attn_mask=mask), "b n l d -> b l n d")

@@ -1,0 +1,74 @@
+"""The feature cache as a value: what each pass reads and leaves of self-attention features.
+
+The network never holds it. A pass takes a `Context` and returns the features of the latents that went through; the
+cache is the table between passes, keyed by block and guidance lane, for the layers of this process alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from longvid.models.attention import KV, join
+from longvid.passes import Pass, Slice
+
+Features = Mapping[int, KV]
+"""Features of some latents by layer index."""
+
+
+class Context(NamedTuple):
+    """What a pass attends to besides itself, by layer: features placed before its latents, and after them."""
+
+    before: Features = {}
+    after: Features = {}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Features of latents `start` to `stop` of a block, as they were at `step`."""
+
+    step: int
+    start: int
+    features: Features
+
+
+@dataclass(frozen=True)
+class Cache:
+    """All features kept between passes. Writing gives a new cache that shares the old one's tensors."""
+
+    entries: Mapping[tuple[int, int], Entry] = field(default_factory=dict)
+
+    def context(self, p: Pass) -> Context:
+        """The features that pass `p` reads, in the plan's order."""
+        return Context(self._gather(p.before, p.lane), self._gather(p.after, p.lane))
+
+    def after(self, p: Pass, features: Features) -> "Cache":
+        """The cache once pass `p` has left the `features` of everything it covered."""
+        entries = dict(self.entries)
+        for piece in p.writes:
+            offset = 0
+            for cover in p.covers:
+                if cover.block == piece.block:
+                    start = offset + piece.start - cover.start
+                    stop = offset + piece.stop - cover.start
+                    kept = {layer: kv.narrow(start, stop) for layer, kv in features.items()}
+                    entries[piece.block, p.lane] = Entry(piece.step, piece.start, kept)
+                offset += cover.stop - cover.start
+        for block in p.frees:
+            entries.pop((block, p.lane), None)
+        return Cache(entries)
+
+    def num_bytes(self) -> int:
+        """Bytes that the cached features hold alive, views counted once by their own size."""
+        tensors = [t for entry in self.entries.values() for kv in entry.features.values() for t in kv]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _gather(self, pieces: tuple[Slice, ...], lane: int) -> Features:
+        if not pieces:
+            return {}
+        found = []
+        for piece in pieces:
+            entry = self.entries[piece.block, lane]
+            assert entry.step == piece.step, f"block {piece.block} is kept at step {entry.step}, not {piece.step}"
+            shift = entry.start
+            found.append({i: kv.narrow(piece.start - shift, piece.stop - shift) for i, kv in entry.features.items()})
+        return {layer: join([features[layer] for features in found]) for layer in found[0]}

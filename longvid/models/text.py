@@ -1,0 +1,128 @@
+"""Text encoder: transformers' UMT5 encoder and the folder's own tokenizer, as Wan and SkyReels-V2 use them.
+
+A prompt is cleaned, padded to a fixed number of tokens and encoded under its mask; states past its end are zero and
+stay, so cross-attention always sees the same number of tokens. transformers is imported when it is needed.
+"""
+
+import html
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from longvid.checkpoints.safetensor_files import load_into, module_tensors, open_tensors, read_json, save_tensors
+from longvid.types import Text
+
+if TYPE_CHECKING:
+    from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+MAX_TOKENS = 512  # what the models of the Wan family are trained with
+
+
+class TextEncoder:
+    """Prompts to text states. `max_length` is the number of tokens that every prompt gets, end mark included."""
+
+    def __init__(self, encoder: "UMT5EncoderModel", tokenizer: "PreTrainedTokenizerBase"):
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_length = min(MAX_TOKENS, tokenizer.model_max_length)
+
+    @classmethod
+    def load(cls, folder: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu") -> "TextEncoder":
+        """Read `text_encoder/` and `tokenizer/` of a released folder.
+
+        Raises ValueError for another class than UMT5EncoderModel, for damaged or wrong weights, and for a tokenizer
+        that is incomplete.
+        """
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        folder = Path(folder)
+        part = folder / "text_encoder"
+        config = read_json(part / "config.json")
+        if config.get("model_type") != "umt5":
+            raise ValueError(f"{part / 'config.json'}: model_type={config.get('model_type')!r} must be 'umt5'")
+        with torch.device("meta"):
+            encoder = UMT5EncoderModel(UMT5Config.from_dict(config))
+        # float16 overflows in the feed-forward's second matrix
+        keep = (lambda name: ".wo." in name) if dtype is torch.float16 else (lambda name: False)
+        load_into(encoder, open_tensors(part, "model"), dtype=dtype, device=device, keep_float32=keep)
+        return cls(encoder, _load_tokenizer(folder / "tokenizer"))
+
+    @property
+    def tokenizer_class(self) -> str:
+        """The name under which any version of transformers loads the tokenizer as it is."""
+        name = type(self.tokenizer).__name__
+        return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
+
+    def save(self, folder: Path) -> None:
+        """Write `text_encoder/` and `tokenizer/` into `folder`."""
+        part = folder / "text_encoder"
+        save_tensors(part, "model", module_tensors(self.encoder))
+        self.encoder.config.architectures = [type(self.encoder).__name__]
+        self.encoder.config.save_pretrained(part)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    @torch.no_grad()
+    def __call__(self, prompt: str) -> Text:
+        """Text states (1, max_length, dim), float32, zero past the prompt's end mark. A longer prompt is cut.
+
+        Wan2.1 (arXiv 2503.20314), section 4.2: umT5 states, read by cross-attention in every layer.
+        """
+        tokens = self.tokenizer(
+            clean(prompt), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        ).to(self.encoder.device)
+        states = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return states.float() * tokens.attention_mask[..., None]
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of the whole prompt, end mark included."""
+        return len(self.tokenizer(clean(prompt), verbose=False).input_ids)
+
+    def surplus(self, prompt: str) -> int:
+        """How many tokens of the prompt are past the limit and would be cut; 0 if it fits."""
+        return max(0, self.count_tokens(prompt) - self.max_length)
+
+
+def clean(prompt: str) -> str:
+    """The prompt with its encoding mended (if ftfy is installed), HTML entities resolved and white space collapsed."""
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        fix_text = str
+    return " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
+
+
+def make_small_text_encoder(*, seed: int = 0) -> tuple["UMT5EncoderModel", "ByT5Tokenizer"]:
+    """The embedded model's text encoder, untrained: 3 layers, 128 wide, over the bytes of at most 159 characters."""
+    from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=384,
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = UMT5EncoderModel(config)
+    return encoder, ByT5Tokenizer(model_max_length=160)
+
+
+def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """ByT5's, or whatever `tokenizer.json` holds, taken as it is (T5's own class would rebuild its normalizer)."""
+    from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, T5TokenizerFast
+
+    kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+    if kind == "ByT5Tokenizer":
+        cls = ByT5Tokenizer
+    elif (folder / "tokenizer.json").exists():
+        cls = PreTrainedTokenizerFast
+    elif (folder / "spiece.model").exists():
+        cls = T5TokenizerFast
+    else:
+        raise ValueError(f"{folder}: {kind} needs tokenizer.json or spiece.model, and neither is there")
+    return cls.from_pretrained(folder, local_files_only=True)

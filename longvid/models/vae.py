@@ -1,0 +1,340 @@
+"""The causal video VAE: pixels to latents and back, whole or as a stream.
+
+Architecture and parameter names are diffusers' `AutoencoderKLWan` (Wan2.1, arXiv 2503.20314, section 4.1; `is_residual`
+and `patch_size` are Wan2.2's). One latent stands for the first frame and one for each further 4. Every convolution is
+causal in time, so a video is decoded in pieces of any length: a call returns what the next one needs. The module knows
+no files, no noise and no text.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from longvid.models.vae_layers import (
+    AttentionBlock,
+    CausalConv3d,
+    Downsample,
+    MidBlock,
+    ResidualBlock,
+    ResidualDownBlock,
+    ResidualUpBlock,
+    RMSNorm,
+    Stream,
+    UpBlock,
+    Upsample,
+    VAEState,
+    silu,
+)
+from longvid.types import Latents, Video
+
+TEMPORAL_FACTOR = 4
+
+# Wan2.1's statistics of its 16 latent channels, as its released vae/config.json has them.
+WAN_LATENTS_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+WAN_LATENTS_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Shape of a VAE; names and defaults are those of diffusers' `vae/config.json`.
+
+    `in_channels` and `out_channels` count a patch: 3 patch_size^2. `scale_factor_*` may be left out (None) and then
+    follow from the rest. `clip_output` is carried for Wan2.2's folders; like diffusers, `decode` always clamps.
+
+    Raises:
+        ValueError: a value that is impossible or cannot be honoured.
+    """
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: tuple[float, ...] = ()
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    dropout: float = 0.0
+    latents_mean: tuple[float, ...] = WAN_LATENTS_MEAN
+    latents_std: tuple[float, ...] = WAN_LATENTS_STD
+    is_residual: bool = False
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None
+    scale_factor_temporal: int | None = None
+    scale_factor_spatial: int | None = None
+    clip_output: bool = True
+
+    def __post_init__(self):
+        for name in ("dim_mult", "attn_scales", "temperal_downsample", "latents_mean", "latents_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for message in self._faults():
+            raise ValueError(message)
+        object.__setattr__(self, "scale_factor_temporal", self.temporal_factor)
+        object.__setattr__(self, "scale_factor_spatial", self.spatial_factor)
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent along height and width."""
+        return 2 ** (len(self.dim_mult) - 1) * (self.patch_size or 1)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent after the first."""
+        return TEMPORAL_FACTOR
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "VAEConfig":
+        """What a `vae/config.json` says; keys that start with "_" are diffusers' own.
+
+        Raises:
+            ValueError: an unknown key, or a value that cannot be honoured.
+        """
+        known = {field.name for field in fields(cls)}
+        config = {key: value for key, value in config.items() if not key.startswith("_")}
+        for key in config:
+            if key not in known:
+                raise ValueError(f"VAE config has the unknown key {key!r}; it may hold {', '.join(sorted(known))}")
+        return cls(**config)
+
+    def to_dict(self) -> dict:
+        """What a `vae/config.json` holds, less the keys that start with "_". `clip_output` only where it is false."""
+        config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.clip_output:
+            del config["clip_output"]
+        return config
+
+    def _faults(self) -> Iterator[str]:
+        counts = {name: getattr(self, name) for name in ("base_dim", "z_dim", "num_res_blocks")}
+        counts |= {"decoder_base_dim": self.decoder_base_dim or 1, "patch_size": self.patch_size or 1}
+        counts |= {f"dim_mult[{i}]": mult for i, mult in enumerate(self.dim_mult)}
+        for name, value in counts.items():
+            if not isinstance(value, int) or value < 1:
+                yield f"VAE {name}={value!r} must be a whole number of at least 1"
+        if self.dropout:
+            yield f"VAE dropout={self.dropout} is not supported; use 0.0"
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1 or sum(self.temperal_downsample) != 2:
+            given = list(self.temperal_downsample)
+            yield (
+                f"VAE temperal_downsample={given} must hold {len(self.dim_mult) - 1} values, one less than dim_mult, "
+                "of which 2 are true (frames are compressed by 4); for 4 sizes [false, true, true] works"
+            )
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) != self.z_dim:
+                yield f"VAE {name} has {len(getattr(self, name))} values; z_dim={self.z_dim} needs {self.z_dim}"
+        if min(self.latents_std) <= 0:
+            yield f"VAE latents_std={list(self.latents_std)} must be positive; 1.0 everywhere works"
+        area = (self.patch_size or 1) ** 2
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) < 1 or getattr(self, name) % area:
+                yield f"VAE {name}={getattr(self, name)} must be a multiple of patch_size^2={area}; try {3 * area}"
+        for name, factor in (
+            ("scale_factor_temporal", self.temporal_factor),
+            ("scale_factor_spatial", self.spatial_factor),
+        ):
+            if getattr(self, name) not in (None, factor):
+                yield f"VAE {name}={getattr(self, name)} contradicts the other keys, which make it {factor}"
+        yield from self._residual_faults()
+
+    def _residual_faults(self) -> Iterator[str]:
+        if not self.is_residual:
+            return
+        temporal = (*self.temperal_downsample, None)
+        for (fine, coarse), in_time in zip(pairwise((1, *self.dim_mult)), temporal, strict=True):
+            factor = 1 if in_time is None else 4 * (1 + in_time)
+            if fine * factor * self.base_dim % (coarse * self.base_dim):
+                yield f"VAE dim_mult={list(self.dim_mult)} does not divide for is_residual: {fine} * {factor} % {coarse}"
+        dims = (self.dim_mult[-1], *self.dim_mult[::-1])
+        for (coarse, fine), in_time in zip(pairwise(dims[:-1]), self.temperal_downsample[::-1], strict=True):
+            factor = 4 * (1 + in_time)
+            if fine * factor % coarse:
+                yield f"VAE dim_mult={list(self.dim_mult)} does not divide for is_residual: {fine} * {factor} % {coarse}"
+
+
+class Encoder(nn.Module):
+    """Patched pixels to mean and log-variance, `2 z_dim` channels."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
+        self.conv_in = CausalConv3d(config.in_channels, dims[0], 3)
+        self.down_blocks = nn.ModuleList()
+        temporal = (*config.temperal_downsample, None)
+        for depth, ((in_dim, out_dim), in_time) in enumerate(zip(pairwise(dims), temporal, strict=True)):
+            downsample = None if in_time is None else Downsample(out_dim, temporal=in_time)
+            if config.is_residual:
+                self.down_blocks.append(ResidualDownBlock(in_dim, out_dim, config.num_res_blocks, downsample))
+                continue
+            for block_dim in [in_dim] + [out_dim] * (config.num_res_blocks - 1):
+                self.down_blocks.append(ResidualBlock(block_dim, out_dim))
+                if 0.5**depth in config.attn_scales:
+                    self.down_blocks.append(AttentionBlock(out_dim))
+            if downsample is not None:
+                self.down_blocks.append(downsample)
+        self.mid_block = MidBlock(dims[-1])
+        self.norm_out = RMSNorm(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim, 3)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, in_channels) -> (b, t', h', w', 2 z_dim)`."""
+        x = self.conv_in(x, stream)
+        for block in self.down_blocks:
+            x = block(x, stream)
+        x = self.mid_block(x, stream)
+        return self.conv_out(silu(self.norm_out(x)), stream)
+
+
+class Decoder(nn.Module):
+    """Latents to patched pixels."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        mults = config.dim_mult[::-1]
+        dims = [(config.decoder_base_dim or config.base_dim) * mult for mult in (mults[0], *mults)]
+        self.conv_in = CausalConv3d(config.z_dim, dims[0], 3)
+        self.mid_block = MidBlock(dims[0])
+        self.up_blocks = nn.ModuleList()
+        temporal = (*config.temperal_downsample[::-1], None)
+        for depth, ((in_dim, out_dim), in_time) in enumerate(zip(pairwise(dims), temporal, strict=True)):
+            upsample = None
+            if in_time is not None:
+                upsample = Upsample(out_dim, out_dim if config.is_residual else out_dim // 2, temporal=in_time)
+            if config.is_residual:
+                self.up_blocks.append(ResidualUpBlock(in_dim, out_dim, config.num_res_blocks, upsample))
+            else:
+                halved = in_dim // 2 if depth else in_dim
+                self.up_blocks.append(UpBlock(halved, out_dim, config.num_res_blocks, upsample))
+        self.norm_out = RMSNorm(dims[-1])
+        self.conv_out = CausalConv3d(dims[-1], config.out_channels, 3)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, z_dim) -> (b, t', h', w', out_channels)`."""
+        x = self.mid_block(self.conv_in(x, stream), stream)
+        for block in self.up_blocks:
+            x = block(x, stream)
+        return self.conv_out(silu(self.norm_out(x)), stream)
+
+
+class VAE(nn.Module):
+    """The whole autoencoder. Its state dict is diffusers' `AutoencoderKLWan`'s of the same configuration."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder(config)
+
+    @torch.no_grad()
+    def decode(self, latents: Latents, state: VAEState | None = None) -> tuple[Video, VAEState]:
+        """Pixels of the next latents of a stream, float32 in [-1, 1], and what the call after needs.
+
+        Works latent by latent, so its memory does not grow with the call and a video has the same bits however it is
+        cut. A video's first latent gives 1 frame, every other gives 4.
+
+        Args:
+            latents: `(b, z_dim, f, h, w)`, f >= 1, normalised as the DiT sees them.
+            state: what the call before returned; None at the start of a video.
+
+        Raises:
+            ValueError: the latents do not have `z_dim` channels, or there are none.
+        """
+        self._check_channels(latents, "latents", self.config.z_dim)
+        mean, std = self._statistics(latents)
+        z = (latents.float() * std + mean).to(self.decoder.conv_in.weight.dtype)
+        frames = []
+        for latent in rearrange(z, "b c f h w -> b f h w c").split(1, 1):
+            stream = Stream(state)
+            pixels = self._decode(latent, stream).float()
+            frames.append(pixels.clamp_(-1, 1))
+            state = stream.state()
+        return torch.cat(frames, 2), state
+
+    @torch.no_grad()
+    def encode(self, video: Video, state: VAEState | None = None) -> tuple[Latents, VAEState]:
+        """Normalised latents (the posterior's mode) of the next frames of a stream, and what the call after needs.
+
+        Args:
+            video: `(b, 3, t, H, W)` in [-1, 1]; 4n + 1 frames at the start of a video, 4n after that. H and W are
+                multiples of `spatial_factor`.
+            state: what the call before returned; None at the start of a video.
+
+        Raises:
+            ValueError: the video's size does not fit.
+        """
+        self._check_video(video, is_start=state is None)
+        chunks = [video] if state is not None else [video[:, :, :1], video[:, :, 1:]]
+        latents = []
+        for chunk in (part for chunk in chunks if chunk.shape[2] for part in chunk.split(TEMPORAL_FACTOR, 2)):
+            stream = Stream(state)
+            latents.append(self._encode(chunk, stream)[0])
+            state = stream.state()
+        mu = torch.cat(latents, 2)
+        mean, std = self._statistics(mu)
+        return (mu - mean) / std, state
+
+    def moments(self, video: Video) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each `(b, z_dim, f, h, w)` and not normalised, of a whole clip; for training.
+
+        Raises:
+            ValueError: the clip does not have 4n + 1 frames, or its height or width does not fit.
+        """
+        self._check_video(video, is_start=True)
+        return self._encode(video, Stream(keep=False))
+
+    def reconstruct(self, z: Tensor) -> Video:
+        """Pixels, not clamped, of all of a clip's latents `(b, z_dim, f, h, w)`, not normalised; for training.
+
+        Raises:
+            ValueError: the latents do not have `z_dim` channels, or there are none.
+        """
+        self._check_channels(z, "latents", self.config.z_dim)
+        x = rearrange(z, "b c f h w -> b f h w c").to(self.decoder.conv_in.weight.dtype)
+        return self._decode(x, Stream(keep=False)).float()
+
+    def _encode(self, video: Video, stream: Stream) -> tuple[Tensor, Tensor]:
+        p = self.config.patch_size or 1
+        x = rearrange(video, "b c t (h p) (w q) -> b t h w (c q p)", p=p, q=p)
+        x = self.encoder(x.to(self.encoder.conv_in.weight.dtype), stream)
+        mean, log_variance = rearrange(self.quant_conv(x, stream).float(), "b f h w (n c) -> n b c f h w", n=2)
+        return mean, log_variance.clamp(-30, 20)
+
+    def _decode(self, x: Tensor, stream: Stream) -> Tensor:
+        p = self.config.patch_size or 1
+        x = self.decoder(self.post_quant_conv(x, stream), stream)
+        return rearrange(x, "b t h w (c q p) -> b c t (h p) (w q)", p=p, q=p)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents, `(z_dim, 1, 1, 1)`, float32."""
+        both = torch.tensor([self.config.latents_mean, self.config.latents_std], device=like.device)
+        mean, std = both[..., None, None, None]
+        return mean, std
+
+    def _check_channels(self, x: Tensor, name: str, channels: int) -> None:
+        if x.ndim != 5 or x.shape[1] != channels or not x.shape[2]:
+            raise ValueError(
+                f"{name} of shape {tuple(x.shape)} must be (batch, {channels}, at least 1, height, width)"
+            )
+
+    def _check_video(self, video: Tensor, *, is_start: bool) -> None:
+        self._check_channels(video, "video", self.config.in_channels // (self.config.patch_size or 1) ** 2)
+        num_frames, height, width = video.shape[2:]
+        extra = num_frames % TEMPORAL_FACTOR
+        if extra != int(is_start):
+            rule, near = ("4n + 1", 1) if is_start else ("4n", 0)
+            near = max(num_frames - (num_frames - near) % TEMPORAL_FACTOR, near or TEMPORAL_FACTOR)
+            where = "at the start of" if is_start else "further on in"
+            raise ValueError(f"{num_frames} frames {where} a video must be {rule}; try {near}")
+        factor = self.config.spatial_factor
+        if height % factor or width % factor:
+            near = [max(size // factor, 1) * factor for size in (height, width)]
+            raise ValueError(f"video of {height}x{width} must be a multiple of {factor}; try {near[0]}x{near[1]}")

@@ -1,0 +1,280 @@
+"""Layers of the causal video VAE (Wan2.1, arXiv 2503.20314, section 4.1; Wan2.2 adds the residual resampling).
+
+    b  batch    t  frames at this depth    h w  height and width at this depth    c  channels
+
+Activations are `(b, t, h, w, c)`: channels last, so a frame is a contiguous image, a norm over channels reads memory
+in order and a 1x1x1 convolution is a matrix product. Parameter names and shapes are those of diffusers'
+`AutoencoderKLWan`. No layer keeps anything between calls: what a causal layer needs of the past comes from a `Stream`.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+VAEState = tuple[Tensor, ...]
+"""The last input frames, `(b, 2 or 1, h, w, c)`, of every causal layer in the order in which a call meets them."""
+
+
+class Stream:
+    """One walk through the causal layers: hands each its past and notes what the next call will ask for.
+
+    Args:
+        state: what the call before returned; None at the start of a video, where the past is zero.
+        keep: whether to note the state. A whole clip that nothing follows does without.
+    """
+
+    def __init__(self, state: VAEState | None = None, *, keep: bool = True):
+        self.is_start = state is None
+        self._past = iter(state or ())
+        self._kept: list[Tensor] | None = [] if keep else None
+
+    def extend(self, x: Tensor, num_frames: int = 2) -> Tensor:
+        """`(b, t, h, w, c)` with `num_frames` frames of the past before it; its own last ones are noted."""
+        past = x.new_zeros(x.shape[0], num_frames, *x.shape[2:]) if self.is_start else next(self._past)
+        x = torch.cat([past, x], 1)
+        if self._kept is not None:
+            self._kept.append(x[:, -num_frames:].clone())
+        return x
+
+    def state(self) -> VAEState:
+        """What the next call needs, once every layer was met."""
+        assert self._kept is not None and next(self._past, None) is None
+        return tuple(self._kept)
+
+
+def conv3d_plain(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
+    """`(b, t, h, w, c) -> (b, t', h, w, o)`: a 3-D convolution, "same" in space, "valid" and strided in time."""
+    pad = (0, weight.shape[3] // 2, weight.shape[4] // 2)
+    y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, (stride, 1, 1), pad)
+    return y.permute(0, 2, 3, 4, 1)
+
+
+def conv3d_by_taps(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
+    """`conv3d_plain` as one image convolution (or matrix product) over the temporal taps, stacked as channels.
+
+    A CPU runs float32 3-D convolutions of few channels 5 to 20 times slower than this.
+    """
+    taps, pad = weight.shape[2], weight.shape[3] // 2
+    num_frames = (x.shape[1] - taps) // stride + 1
+    if taps > 1:
+        last = stride * (num_frames - 1) + 1
+        x = torch.cat([x[:, k : k + last : stride] for k in range(taps)], -1)
+    if pad == 0:
+        return F.linear(x, rearrange(weight, "o c k 1 1 -> o (k c)"), bias)
+    weight = rearrange(weight, "o c k y x -> o y x (k c)").permute(0, 3, 1, 2)
+    return conv2d(x, weight, bias, padding=pad)
+
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
+    """`conv3d_plain`, on the path that is fast on x's device."""
+    return (conv3d_by_taps if x.device.type == "cpu" else conv3d_plain)(x, weight, bias, stride)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """`(b, t, h, w, c) -> (b, t, h', w', o)`: each frame as an image."""
+    y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, stride, padding)
+    return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`(b, t, h, w, c) -> (b, t, 2h, 2w, o)`: nearest upsampling by 2, then a 3x3 convolution with padding 1.
+
+    Of 3 neighbouring fine rows 2 show the same coarse row, so each of the 4 fine pixels of a coarse one is a 2x2
+    convolution of the coarse image: 16 products where the fine image has 36, and no fine image of the input.
+    """
+    rows = torch.stack([weight[:, :, 0], weight[:, :, 1:].sum(2), weight[:, :, :2].sum(2), weight[:, :, 2]], 2)
+    both = torch.stack([rows[..., 0], rows[..., 1:].sum(-1), rows[..., :2].sum(-1), rows[..., 2]], -1)
+    coarse = rearrange(both, "o c (p y) (q x) -> (p q o) y x c", p=2, q=2).permute(0, 3, 1, 2)
+    y = rearrange(conv2d(x, coarse, bias.repeat(4), padding=1), "b t h w (p q o) -> b t h w p q o", p=2, q=2)
+    (height, width), num_out = x.shape[2:4], weight.shape[0]
+    fine = y.new_empty(*x.shape[:2], height, 2, width, 2, num_out)
+    for p in range(2):
+        for q in range(2):
+            fine[:, :, :, p, :, q] = y[:, :, p : p + height, q : q + width, p, q]
+    return fine.view(*x.shape[:2], 2 * height, 2 * width, num_out)
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution over the present and the two frames before; over the present alone where its kernel is 1."""
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, c) -> (b, t, h, w, o)`."""
+        return conv3d(stream.extend(x) if self.kernel_size[0] > 1 else x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """`gamma x / rms(x)` over channels; gamma is stored with the unit axes of a channels-first image or video."""
+
+    def __init__(self, dim: int, num_axes: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * num_axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., c) -> (..., c)`, in float32 inside."""
+        wide = x.float()
+        gamma = self.gamma.flatten() * x.shape[-1] ** 0.5
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+        return ((wide / norm) * gamma).to(x.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nobody else holds: in place where no gradient is taken."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+class ResidualBlock(nn.Module):
+    """Two rounds of norm, SiLU, causal convolution, beside a shortcut."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.norm1 = RMSNorm(in_dim)
+        self.conv1 = CausalConv3d(in_dim, out_dim, 3)
+        self.norm2 = RMSNorm(out_dim)
+        self.conv2 = CausalConv3d(out_dim, out_dim, 3)
+        self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, c) -> (b, t, h, w, o)`."""
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, stream)
+        x = self.conv1(silu(self.norm1(x)), stream)
+        return self.conv2(silu(self.norm2(x)), stream) + shortcut
+
+
+class AttentionBlock(nn.Module):
+    """One head of attention among the pixels of each frame."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim, num_axes=2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, c) -> (b, t, h, w, c)`."""
+        qkv = F.linear(self.norm(x), self.to_qkv.weight.flatten(1), self.to_qkv.bias)
+        q, k, v = rearrange(qkv, "b t h w (n c) -> n (b t) 1 (h w) c", n=3)
+        y = F.scaled_dot_product_attention(q, k, v).view_as(x)
+        return x + F.linear(y, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block, at the coarsest size."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(dim)])
+        self.resnets = nn.ModuleList([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, c) -> (b, t, h, w, c)`."""
+        x = self.resnets[0](x, stream)
+        return self.resnets[1](self.attentions[0](x, stream), stream)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width; with `temporal` also twice the frames, save the first of a video, which stays one."""
+
+    def __init__(self, dim: int, out_dim: int, *, temporal: bool):
+        super().__init__()
+        self.resample = nn.ModuleList([nn.Identity(), nn.Conv2d(dim, out_dim, 3)])
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, c) -> (b, 2t or t, 2h, 2w, o)`; 2t - 1 frames at the start of a video."""
+        if self.time_conv is not None:
+            # The first frame of a video is neither doubled nor seen by the convolution of those that follow.
+            first, rest = x.split([1, x.shape[1] - 1], 1) if stream.is_start else (x[:, :0], x)
+            rest = self.time_conv(rest, stream) if rest.shape[1] else stream.extend(rest)[:, :0].repeat(1, 1, 1, 1, 2)
+            x = torch.cat([first, rearrange(rest, "b t h w (k c) -> b (t k) h w c", k=2)], 1)
+        return upsample_conv2d(x, self.resample[1].weight, self.resample[1].bias)
+
+
+class Downsample(nn.Module):
+    """Half the height and width; with `temporal` also half the frames, save the first of a video, which stays one."""
+
+    def __init__(self, dim: int, *, temporal: bool):
+        super().__init__()
+        self.resample = nn.ModuleList([nn.Identity(), nn.Conv2d(dim, dim, 3)])
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, c) -> (b, t/2 or t, h/2, w/2, c)`; (t + 1)/2 frames at the start of a video."""
+        x = conv2d(F.pad(x, (0, 0, 0, 1, 0, 1)), self.resample[1].weight, self.resample[1].bias, stride=2)
+        if self.time_conv is None:
+            return x
+        first = x[:, : 1 if stream.is_start else 0]
+        x = stream.extend(x, 1)[:, first.shape[1] :]
+        if x.shape[1] == 1:
+            return first
+        return torch.cat([first, conv3d(x, self.time_conv.weight, self.time_conv.bias, stride=2)], 1)
+
+
+class UpBlock(nn.Module):
+    """Residual blocks, then an upsampling (Wan2.1)."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_res_blocks: int, upsample: Upsample | None):
+        super().__init__()
+        dims = [in_dim] + [out_dim] * (num_res_blocks + 1)
+        self.resnets = nn.ModuleList(ResidualBlock(i, o) for i, o in zip(dims[:-1], dims[1:], strict=True))
+        self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, c) -> (b, t', h', w', o)`."""
+        for resnet in self.resnets:
+            x = resnet(x, stream)
+        return x if self.upsamplers is None else self.upsamplers[0](x, stream)
+
+
+class ResidualUpBlock(nn.Module):
+    """Residual blocks and an upsampling, beside a shortcut that repeats channels as pixels (Wan2.2)."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_res_blocks: int, upsample: Upsample | None):
+        super().__init__()
+        dims = [in_dim] + [out_dim] * (num_res_blocks + 1)
+        self.resnets = nn.ModuleList(ResidualBlock(i, o) for i, o in zip(dims[:-1], dims[1:], strict=True))
+        self.upsampler = upsample
+        self.out_dim = out_dim
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, c) -> (b, t', h', w', o)`."""
+        shortcut = x
+        for resnet in self.resnets:
+            x = resnet(x, stream)
+        if self.upsampler is None:
+            return x
+        return self.upsampler(x, stream) + self._repeat(shortcut, stream)
+
+    def _repeat(self, x: Tensor, stream: Stream) -> Tensor:
+        """Each channel repeated, then channels laid out as pixels and frames; of a video's first frame the last."""
+        k = 1 if self.upsampler.time_conv is None else 2
+        x = x.repeat_interleave(self.out_dim * 4 * k // x.shape[-1], dim=-1)
+        x = rearrange(x, "b t h w (o k p q) -> b (t k) (h p) (w q) o", k=k, p=2, q=2)
+        return x[:, k - 1 :] if stream.is_start else x
+
+
+class ResidualDownBlock(nn.Module):
+    """Residual blocks and a downsampling, beside a shortcut that averages pixels laid out as channels (Wan2.2)."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_res_blocks: int, downsample: Downsample | None):
+        super().__init__()
+        dims = [in_dim] + [out_dim] * num_res_blocks
+        self.resnets = nn.ModuleList(ResidualBlock(i, o) for i, o in zip(dims[:-1], dims[1:], strict=True))
+        self.downsampler = downsample
+        self.out_dim = out_dim
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, c) -> (b, t', h', w', o)`."""
+        shortcut = self._average(x, stream)
+        for resnet in self.resnets:
+            x = resnet(x, stream)
+        return shortcut + (x if self.downsampler is None else self.downsampler(x, stream))
+
+    def _average(self, x: Tensor, stream: Stream) -> Tensor:
+        """Means of neighbouring channels of (channel, frame, pixel); a video's first frame is paired with zeros."""
+        p = 1 if self.downsampler is None else 2
+        k = 2 if self.downsampler is not None and self.downsampler.time_conv is not None else 1
+        if stream.is_start:
+            x = F.pad(x, (0, 0, 0, 0, 0, 0, k - 1, 0))
+        x = rearrange(x, "b (t k) (h p) (w q) c -> b t h w (c k p q)", k=k, p=p, q=p)
+        return x.unflatten(-1, (self.out_dim, -1)).mean(-1)

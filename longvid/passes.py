@@ -1,0 +1,239 @@
+"""The passes that one tick of the matrix gives, for each kind of method. Plain Python, no tensor.
+
+A pass names everything by (block, step): the latents it covers, the features it reads and those it leaves. The rules
+follow DualParal section 3 (two-sided), SkyReels-V2 section 3.3 and Rolling Forcing section 3 (joint), Self-Forcing and
+LongLive (causal: clean features as history, first latents as sink).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from longvid.method import Kind, Method
+from longvid.schedule import Schedule
+
+
+class Slice(NamedTuple):
+    """Latents `start` to `stop` of a block, as they are at `step`."""
+
+    block: int
+    step: int
+    start: int
+    stop: int
+
+
+class Cover(NamedTuple):
+    """Latents that go through the model, the timestep it is told of them, and the level of fresh noise mixed in."""
+
+    block: int
+    step: int
+    start: int
+    stop: int
+    timestep: float
+    renoise: float = 0.0
+
+
+class Pass(NamedTuple):
+    """One forward of the model.
+
+    `before` and `after` are the features read, in order of place; `writes` those kept; `updates` the blocks that take
+    a solver step now that all lanes of this pass are there; `emits` the blocks that leave clean then; `frees` the
+    blocks whose features in this lane, `drops` those whose latents nobody needs afterwards.
+    """
+
+    tick: int
+    lane: int
+    covers: tuple[Cover, ...]
+    before: tuple[Slice, ...] = ()
+    after: tuple[Slice, ...] = ()
+    writes: tuple[Slice, ...] = ()
+    updates: tuple[int, ...] = ()
+    emits: tuple[int, ...] = ()
+    frees: tuple[int, ...] = ()
+    drops: tuple[int, ...] = ()
+
+    @property
+    def num_latents(self) -> int:
+        """Latents that go through the model."""
+        return sum(cover.stop - cover.start for cover in self.covers)
+
+    @property
+    def num_context(self) -> int:
+        """Latents seen besides."""
+        return sum(piece.stop - piece.start for piece in self.before + self.after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Blocks `first` to `stop` that run one matrix, after clean ones; `sizes` are those of all blocks of the video."""
+
+    method: Method
+    schedule: Schedule
+    sizes: tuple[int, ...]
+    first: int
+    stop: int
+    num_ready: int
+
+    @property
+    def num_ticks(self) -> int:
+        """Rows of the matrix."""
+        return self.method.num_steps + self.method.lag * (self.stop - self.first - 1)
+
+    def age(self, tick: int, block: int) -> int:
+        """Ticks since the block's first pass: its step while below `num_steps`; negative before it enters."""
+        return tick - self.method.lag * (block - self.first) if block >= self.first else self.method.num_steps + 1
+
+    def active(self, tick: int) -> list[int]:
+        """Blocks that take a step in this tick, oldest first."""
+        return [b for b in range(self.first, self.stop) if 0 <= self.age(tick, b) < self.method.num_steps]
+
+    def tail(self, block: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """The `count` latents before `block`, nearest first, as (block, start, stop)."""
+        while count > 0 and block > 0:
+            block -= 1
+            taken = min(count, self.sizes[block])
+            yield block, self.sizes[block] - taken, self.sizes[block]
+            count -= taken
+
+    def cover(self, tick: int, block: int, start: int = 0, stop: int = 0) -> Cover:
+        """Latents of a block (all of it by default) at their present step."""
+        step = min(max(self.age(tick, block), 0), self.method.num_steps)
+        return Cover(block, step, start, stop or self.sizes[block], self.schedule.timesteps[step])
+
+    def kept_step(self, block: int) -> int:
+        """The step at which a finished block's features were written."""
+        retired = self.method.retire or block < self.num_ready
+        return self.method.num_steps if retired else self.method.num_steps - 1
+
+
+def ready_passes(window: Window) -> Iterator[Pass]:
+    """Passes that write the features of blocks clean from the start; those that nobody reads are pruned later."""
+    for block in range(window.num_ready):
+        yield from _retire(window, 0, block)
+
+
+def tick_passes(window: Window, tick: int) -> Iterator[Pass]:
+    """The passes of one tick, in order, lane by lane. A block's features are retired one tick after it is clean."""
+    method = window.method
+    if method.retire:
+        for block in range(window.first, window.stop):
+            if window.age(tick, block) == method.num_steps:
+                yield from _retire(window, tick, block)
+    active = window.active(tick)
+    if method.kind is Kind.CAUSAL:
+        outlines = (_causal(window, tick, block) for block in active)
+    elif method.kind is Kind.TWO_SIDED:
+        outlines = (_two_sided(window, tick, block) for block in reversed(active))
+    else:
+        outlines = iter([_joint(window, tick, active)])
+    for outline in outlines:
+        yield from _lanes(outline, method.num_lanes)
+
+
+def _lanes(outline: Pass, num_lanes: int) -> Iterator[Pass]:
+    """The same pass for each lane; the solver steps after the last."""
+    for lane in range(num_lanes):
+        yield outline._replace(lane=lane, updates=outline.updates if lane == num_lanes - 1 else ())
+
+
+def _retire(window: Window, tick: int, block: int) -> Iterator[Pass]:
+    """A forward of a clean block at the context level, for its features."""
+    method, level = window.method, window.method.context_level
+    cover = Cover(block, method.num_steps, 0, window.sizes[block], 1000 * level, level)
+    before = _look_back(window, tick, block, window.sizes[block], method.sink if method.retire_sees_sink else 0)
+    writes = (Slice(block, method.num_steps, 0, window.sizes[block]),)
+    yield from _lanes(Pass(tick, 0, (cover,), before, writes=writes), method.num_lanes)
+
+
+def _causal(window: Window, tick: int, block: int) -> Pass:
+    """One block that sees sink, history and the cleaner neighbours of this tick."""
+    cover = window.cover(tick, block)
+    before = _look_back(window, tick, block, window.sizes[block], window.method.sink)
+    return Pass(tick, 0, (cover,), before, writes=(Slice(*cover[:4]),), updates=(block,))
+
+
+def _two_sided(window: Window, tick: int, block: int) -> Pass:
+    """One block with the last latents before it recomputed as a prefix, and the first features of the noisier one.
+
+    The prefix is as the previous tick left it. The model is told one timestep for all, as DualParal does for weights
+    that know no other.
+    """
+    method = window.method
+    own = window.cover(tick, block)
+    before = [window.cover(tick, *piece) for piece in window.tail(block, method.left)]
+    covers = (*(cover._replace(timestep=own.timestep) for cover in reversed(before)), own)
+    after = ()
+    if method.right and block + 1 < window.stop and window.age(tick, block + 1) >= 0:
+        step = window.age(tick, block + 1)
+        after = (Slice(block + 1, step, 0, min(method.right, window.sizes[block + 1])),)
+    writes = (Slice(block, own.step, 0, min(method.right, window.sizes[block])),) if method.right else ()
+    return Pass(tick, 0, covers, after=after, writes=writes, updates=(block,))
+
+
+def _joint(window: Window, tick: int, active: list[int]) -> Pass:
+    """All active blocks at once, or the whole window with the clean latents that it shares with the one before."""
+    method = window.method
+    if not method.window:
+        covers = tuple(window.cover(tick, block) for block in active)
+        covered = sum(window.sizes[block] for block in active)
+        before = _look_back(window, tick, active[0], covered, method.sink)
+        return Pass(tick, 0, covers, before, updates=tuple(active))
+    level = method.condition_level
+    shared = [window.cover(tick, *piece) for piece in window.tail(window.first, method.overlap)]
+    shared = [cover._replace(timestep=1000 * level, renoise=level) for cover in reversed(shared)]
+    blocks = range(window.first, window.stop)
+    return Pass(tick, 0, (*shared, *(window.cover(tick, b) for b in blocks)), updates=tuple(active))
+
+
+def _look_back(window: Window, tick: int, block: int, covered: int, sink: int) -> tuple[Slice, ...]:
+    """Features that `block` sees before itself: the sink, then an unbroken run of neighbours and history.
+
+    Going back from the block, up to `left` latents of neighbours still in the queue, then up to `history` clean ones;
+    a neighbour beyond `left` ends the run, so nothing is ever seen with a hole in time, except after the sink.
+    """
+    method = window.method
+    sink_pieces = list(_sink(window, block, sink))
+    budget = {"left": method.left, "history": method.history}
+    if method.max_keys:
+        room = method.max_keys - covered - sum(stop - start for _, start, stop in sink_pieces)
+        budget["history"] = max(0, min(method.history, room))
+    run: list[Slice] = []
+    for b, _, size in window.tail(block, sum(window.sizes[:block])):
+        age = window.age(tick, b)
+        side = "left" if age < method.num_steps else "history"
+        low = next((stop for piece, _, stop in sink_pieces if piece == b), 0)
+        taken = min(budget[side], size - low)
+        if taken:
+            run.append(Slice(b, age if side == "left" else window.kept_step(b), size - taken, size))
+            budget[side] -= taken
+        if taken < size:
+            break
+    first = [Slice(b, _sink_step(window, tick, b), start, stop) for b, start, stop in sink_pieces]
+    return _merge(first + run[::-1])
+
+
+def _sink(window: Window, block: int, sink: int) -> Iterator[tuple[int, int, int]]:
+    """The video's first `sink` latents, as far as they lie before `block`, as (block, start, stop)."""
+    for b in range(block):
+        taken = min(sink, window.sizes[b])
+        if taken <= 0:
+            return
+        yield b, 0, taken
+        sink -= taken
+
+
+def _sink_step(window: Window, tick: int, block: int) -> int:
+    age = window.age(tick, block)
+    return age if age < window.method.num_steps else window.kept_step(block)
+
+
+def _merge(pieces: list[Slice]) -> tuple[Slice, ...]:
+    """Neighbouring slices of one block as one."""
+    merged: list[Slice] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if last and last.block == piece.block and last.stop == piece.start:
+            merged[-1] = last._replace(stop=piece.stop)
+        else:
+            merged.append(piece)
+    return tuple(merged)

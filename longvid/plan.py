@@ -1,0 +1,157 @@
+"""A method and a length give a plan: the matrix of steps and the ordered list of passes. Plain Python, no tensor.
+
+Everything else carries the plan out; no loop elsewhere does arithmetic about who and when. Units: latents for sizes
+and context, steps for progress (0 pure noise, `num_steps` clean), ticks for rows of the matrix.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from longvid.method import Method
+from longvid.passes import Pass, Window, ready_passes, tick_passes
+from longvid.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that will happen, in order. `num_ready` blocks are clean from the start (an image, an extended video)."""
+
+    method: Method
+    block_sizes: tuple[int, ...]
+    num_ready: int
+    schedule: Schedule
+    passes: tuple[Pass, ...]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Index of each block's first latent."""
+        return tuple(accumulate((0, *self.block_sizes[:-1])))
+
+    @property
+    def num_latents(self) -> int:
+        """Latents of the whole video, ready ones included."""
+        return sum(self.block_sizes)
+
+    @property
+    def num_frames(self) -> int:
+        """Pixel frames of the whole video: one of the first latent, four of each other."""
+        return 4 * (self.num_latents - 1) + 1
+
+
+def num_latents_of(num_frames: int) -> int:
+    """Latents of `num_frames` pixel frames. Raises ValueError unless it is 4n + 1."""
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames} must be at least 1; try 81")
+    if (num_frames - 1) % 4:
+        near = num_frames - (num_frames - 1) % 4
+        raise ValueError(f"num_frames={num_frames} must be 4n + 1; try {near} or {near + 4}")
+    return (num_frames - 1) // 4 + 1
+
+
+def rolling_steps(num_blocks: int, num_steps: int, lag: int, num_ready: int = 0) -> list[tuple[int, ...]]:
+    """Steps each block has taken before each tick, and after the last one: a row per tick.
+
+    `step(tick, block) = clamp(tick - lag * block, 0, num_steps)`, blocks counted after the ready ones, which stand at
+    `num_steps` from the start. Equal to SkyReels-V2's timestep matrix with `ar_step = lag`.
+    """
+    waiting = range(num_blocks - num_ready)
+    ticks = range(num_steps + lag * (len(waiting) - 1) + 1 if waiting else 1)
+    ready = (num_steps,) * num_ready
+    return [ready + tuple(min(max(tick - lag * block, 0), num_steps) for block in waiting) for tick in ticks]
+
+
+def cut_into_blocks(num_latents: int, first: int, size: int) -> tuple[int, ...]:
+    """Sizes of the blocks of `num_latents`: the first, equal ones, and what remains."""
+    sizes = [min(first, num_latents)] if num_latents else []
+    while (rest := num_latents - sum(sizes)) > 0:
+        sizes.append(min(size, rest))
+    return tuple(sizes)
+
+
+def make_plan(method: Method, num_latents: int, ready: Sequence[int] = ()) -> Plan:
+    """Plan a video of `num_latents`, of which the blocks of sizes `ready` are clean from the start.
+
+    Any length works with any block size: the last block is what remains. Raises ValueError if nothing is left to make.
+    """
+    if sum(ready) >= num_latents:
+        raise ValueError(f"{sum(ready)} latents are there already, so {num_latents} must be more; try {sum(ready) + 1}")
+    schedule = method.schedule()
+    window_sizes = list(_window_sizes(method, num_latents - sum(ready), sum(ready)))
+    sizes = (*ready, *(size for window in window_sizes for size in window))
+    passes: list[Pass] = []
+    first, tick = len(ready), 0
+    for window_blocks in window_sizes:
+        stop = first + len(window_blocks)
+        window = Window(
+            method=method, schedule=schedule, sizes=sizes, first=first, stop=stop, num_ready=len(ready)
+        )
+        if first == len(ready):
+            passes.extend(ready_passes(window))
+        for row in range(window.num_ticks):
+            passes.extend(p._replace(tick=tick + row) for p in tick_passes(window, row))
+        first, tick = stop, tick + window.num_ticks
+    passes = _prune(passes, method.num_steps)
+    return Plan(
+        method=method,
+        block_sizes=sizes,
+        num_ready=len(ready),
+        schedule=schedule,
+        passes=tuple(_with_ends(passes, len(sizes), len(ready), method.num_steps)),
+    )
+
+
+def _window_sizes(method: Method, num_latents: int, num_ready: int) -> Iterator[tuple[int, ...]]:
+    """Block sizes of each window (all in one, unless the method has windows); no block crosses a window's end."""
+    room = method.window - min(num_ready, method.overlap) if method.window else num_latents
+    first = method.block_size if num_ready else method.first_block_size
+    while num_latents:
+        taken = min(room, num_latents)
+        yield cut_into_blocks(taken, first, method.block_size)
+        num_latents -= taken
+        room, first = method.window - method.overlap, method.block_size
+
+
+def _prune(passes: list[Pass], num_steps: int) -> list[Pass]:
+    """Without the features that nobody reads, and without the passes that only wrote such."""
+    read: set[tuple[int, int, int]] = set()
+    kept = []
+    for p in reversed(passes):
+        writes = tuple(piece for piece in p.writes if (piece.block, piece.step, p.lane) in read)
+        if writes or any(cover.step < num_steps for cover in p.covers):
+            read.update((piece.block, piece.step, p.lane) for piece in p.before + p.after)
+            kept.append(p._replace(writes=writes))
+    return kept[::-1]
+
+
+def _with_ends(passes: list[Pass], num_blocks: int, num_ready: int, num_steps: int) -> Iterator[Pass]:
+    """The passes with what leaves after each: blocks that are clean, features and latents that nobody needs again."""
+    emits = _emissions(passes, num_ready, num_steps)
+    last_read = {}
+    last_cover = dict.fromkeys(range(num_blocks), 0)
+    for i, p in enumerate(passes):
+        last_read.update(((piece.block, p.lane), i) for piece in p.before + p.after)
+        last_cover.update((cover.block, i) for cover in p.covers)
+        last_cover.update((block, i) for block in emits.get(i, ()))
+    frees: dict[int, list[int]] = {}
+    for (block, _), i in last_read.items():
+        frees.setdefault(i, []).append(block)
+    drops: dict[int, list[int]] = {}
+    for block, i in last_cover.items():
+        drops.setdefault(i, []).append(block)
+    for i, p in enumerate(passes):
+        yield p._replace(emits=emits.get(i, ()), frees=tuple(frees.get(i, ())), drops=tuple(drops.get(i, ())))
+
+
+def _emissions(passes: list[Pass], num_ready: int, num_steps: int) -> dict[int, tuple[int, ...]]:
+    """Blocks that leave after each pass, oldest first: those clean, once all before them are."""
+    emits, clean, head = {}, set(), num_ready
+    for i, p in enumerate(passes):
+        steps = {cover.block: cover.step for cover in p.covers}
+        clean.update(block for block in p.updates if steps[block] == num_steps - 1)
+        start = head
+        while head in clean:
+            head += 1
+        if head > start:
+            emits[i] = tuple(range(start, head))
+    return emits

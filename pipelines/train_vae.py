@@ -1,0 +1,91 @@
+"""Train the embedded model's VAE on crops of procedural films."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longvid import worlds
+from longvid.models.vae import VAE, VAEConfig
+from longvid.types import Video
+from pipelines.optimise import LoopConfig, optimise
+
+TINY_VAE = dict(
+    base_dim=16, decoder_base_dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, attn_scales=[],
+    temperal_downsample=[False, True, True], dropout=0.0, latents_mean=[0.0] * 16, latents_std=[1.0] * 16,
+    is_residual=False, in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
+)  # fmt: skip
+"""Shape of the embedded VAE: 16 x 16 pixels and 4 frames per latent, 16 channels; pixels folded 2 x 2 as in Wan2.2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETraining:
+    """Films are cut to `crop` pixels square and `num_frames` frames."""
+
+    loop: LoopConfig
+    num_frames: int = 9
+    crop: int = 64
+    kl_weight: float = 1e-5
+    edge_weight: float = 0.5
+
+
+def film_crops(rng: np.random.Generator, count: int, num_frames: int, crop: int) -> Video:
+    """Random films at random times, cut around random places: (count, 3, t, crop, crop) in [-1, 1]."""
+    clips = np.empty((count, num_frames, crop, crop, 3), np.uint8)
+    for i in range(count):
+        film = worlds.draw(worlds.sample_world(rng), num_frames, start=int(rng.integers(0, 2000)))
+        y, x = rng.integers(0, film.shape[1] - crop + 1), rng.integers(0, film.shape[2] - crop + 1)
+        clips[i] = film[:, y : y + crop, x : x + crop]
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def vae_loss(vae: VAE, video: Video, config: VAETraining, generator: torch.Generator) -> dict[str, Tensor]:
+    """L1 on pixels and on their differences along both axes, and a little KL on the posterior."""
+    with torch.autocast("cpu", torch.bfloat16):
+        mean, log_variance = vae.moments(video)
+        mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
+        noise = torch.randn(mean.shape, generator=generator)
+        output = vae.reconstruct(mean + (0.5 * log_variance).exp() * noise).float()
+    error = output - video
+    pixels = error.abs().mean()
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    loss = pixels + config.edge_weight * edges + config.kl_weight * divergence
+    psnr = 10 * torch.log10(4 / error.detach().square().mean())
+    return {"loss": loss, "pixels": pixels.detach(), "kl": divergence.detach(), "psnr": psnr}
+
+
+def train_vae(config: VAETraining, *, resume: bool = False) -> Iterator[dict]:
+    """Train, yielding log records; the last one holds the model as `vae`, with the statistics of its latents set."""
+    torch.manual_seed(config.loop.seed)
+    vae = VAE(VAEConfig.from_dict(TINY_VAE))
+    _start_small(vae)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng((config.loop.seed, step))
+        video = film_crops(rng, config.loop.batch_size, config.num_frames, config.crop)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        return vae_loss(vae, video, config, generator)
+
+    yield from optimise(vae, loss_at, config.loop, resume=resume)
+    yield {"vae": with_statistics(vae, np.random.default_rng(config.loop.seed))}
+
+
+def _start_small(vae: VAE) -> None:
+    """Begin with a nearly deterministic posterior, so that pixels are learned before the noise matters."""
+    with torch.no_grad():
+        z_dim = vae.config.z_dim
+        vae.quant_conv.bias[z_dim:] -= 6
+
+
+@torch.no_grad()
+def with_statistics(vae: VAE, rng: np.random.Generator, num_films: int = 64) -> VAE:
+    """The same VAE with `latents_mean` and `latents_std` measured per channel on whole films."""
+    means = [vae.moments(film_crops(rng, 1, 17, 128))[0] for _ in range(num_films)]
+    z = torch.cat(means).transpose(0, 1).flatten(1)
+    config = replace(vae.config, latents_mean=tuple(z.mean(1).tolist()), latents_std=tuple(z.std(1).tolist()))
+    measured = VAE(config)
+    measured.load_state_dict(vae.state_dict())
+    return measured
