@@ -184,17 +184,19 @@ def read_video(
     if height < 1 or width < 1 or chunk < 1:
         raise ValueError(f"height={height}, width={width}, chunk={chunk} must be positive; try 480, 832 and 64")
     path = Path(path)
-    reader, info = _open_video(path)
-    indices = _nearest_indices(reader, info, fps)
+    reader, info, starts = _open_video(path)
+    indices = _nearest_indices(starts, info, fps)
 
     def chunks() -> Iterator[np.ndarray]:
-        frame, at = None, -1
+        at, shown = -1, None
         for first in range(0, len(indices), chunk):
             frames = np.empty((min(chunk, len(indices) - first), height, width, 3), np.uint8)
             for row, index in zip(frames, indices[first:], strict=False):
-                if index != at:
-                    frame, at = cover(_decode(reader, path, index)[None], height, width)[0], index
-                row[:] = frame
+                if at < index:
+                    for _ in range(index - at):  # decord's own skipping and seeking damage HEVC frames
+                        source = _next_frame(reader, path)
+                    at, shown = index, cover(source[None], height, width)[0]
+                row[:] = shown
             yield frames
 
     return chunks()
@@ -309,7 +311,7 @@ def _same_rate(fps: float, other: float) -> bool:
 
 
 def _open_video(path: str | os.PathLike):
-    """Return decord's reader and the video's `VideoInfo`."""
+    """Return decord's reader, before the first frame, the video's `VideoInfo` and `_start_times`."""
     path = _check_input(path)
     import decord
 
@@ -318,31 +320,38 @@ def _open_video(path: str | os.PathLike):
         # The smallest tolerance there is: a frame that decord cannot decode is an error, not a copy of its neighbour.
         reader = decord.VideoReader(str(path.absolute()), decord.cpu(0), fault_tol=1e-6)
         fps = float(reader.get_avg_fps())
-    height, width, _ = _decode(reader, path, 0).shape
+    height, width, _ = _next_frame(reader, path).shape
+    reader.seek(0)
     if not 0 < fps < math.inf:
         raise ValueError(f"{path} states no frame rate; {_convert(path)}")
-    return reader, VideoInfo(num_frames=len(reader), height=height, width=width, fps=fps)
+    starts = _start_times(reader, fps)
+    gaps = len(starts) - 1
+    if abs(starts[-1] - gaps / fps) > 0.01 * gaps / fps + 0.002:  # the stated rate is not the average one
+        fps = gaps / starts[-1]
+    return reader, VideoInfo(num_frames=len(reader), height=height, width=width, fps=fps), starts
 
 
-def _decode(reader, path: Path, index: int) -> np.ndarray:
+def _start_times(reader, fps: float) -> np.ndarray:
+    """Seconds at which each frame begins: the file's time stamps, or even ones at `fps` where those do not ascend."""
+    starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+    starts -= starts[0]
+    return starts if (np.diff(starts) > 0).all() else np.arange(len(reader)) / fps
+
+
+def _next_frame(reader, path: Path) -> np.ndarray:
     with _decoding(path):
-        frame = reader[int(index)].asnumpy()
+        frame = reader.next().asnumpy()
     if frame.shape[-1] != 3:  # decord hands out padded rows for some rotated videos
         raise ValueError(f"{path} is rotated in a way decord cannot read; {_convert(path)}")
     return frame
 
 
-def _nearest_indices(reader, info: VideoInfo, fps: float) -> np.ndarray:
-    """The source frame of each output frame. Of two equally near, the later."""
-    count = count_frames(info, fps)
+def _nearest_indices(starts: np.ndarray, info: VideoInfo, fps: float) -> np.ndarray:
+    """The source frame of each output frame. Of two equally near (to a thousandth of a frame), the later."""
     if _same_rate(info.fps, fps):
-        return np.arange(count)
-    starts = reader.get_frame_timestamp(range(info.num_frames))[:, 0].astype(np.float64)
-    starts -= starts[0]
-    if not (np.diff(starts) > 0).all():  # no usable time stamps
-        starts = np.arange(info.num_frames) / info.fps
-    midpoints = (starts[1:] + starts[:-1]) / 2
-    return np.searchsorted(midpoints, np.arange(count) / fps + 1e-3 / info.fps, side="right")
+        return np.arange(info.num_frames)
+    times = np.arange(count_frames(info, fps)) / fps
+    return np.searchsorted((starts[1:] + starts[:-1]) / 2, times + 1e-3 / info.fps, side="right")
 
 
 def _convert(path: Path) -> str:

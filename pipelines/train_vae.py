@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longvid import worlds
 from longvid.models.vae import VAE, VAEConfig
@@ -15,7 +15,7 @@ from pipelines.optimise import LoopConfig, optimise
 TINY_VAE = dict(
     base_dim=16, decoder_base_dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, attn_scales=[],
     temperal_downsample=[False, True, True], dropout=0.0, latents_mean=[0.0] * 16, latents_std=[1.0] * 16,
-    is_residual=False, in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
+    is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
 )  # fmt: skip
 """Shape of the embedded VAE: 16 x 16 pixels and 4 frames per latent, 16 channels; pixels folded 2 x 2 as in Wan2.2."""
 
@@ -28,7 +28,6 @@ class VAETraining:
     num_frames: int = 9
     crop: int = 64
     kl_weight: float = 1e-5
-    edge_weight: float = 0.5
 
 
 def film_crops(rng: np.random.Generator, count: int, num_frames: int, crop: int) -> Video:
@@ -42,26 +41,24 @@ def film_crops(rng: np.random.Generator, count: int, num_frames: int, crop: int)
 
 
 def vae_loss(vae: VAE, video: Video, config: VAETraining, generator: torch.Generator) -> dict[str, Tensor]:
-    """L1 on pixels and on their differences along both axes, and a little KL on the posterior."""
+    """L1 and L2 on pixels, and a little KL on the posterior."""
     with torch.autocast("cpu", torch.bfloat16):
         mean, log_variance = vae.moments(video)
         mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
         noise = torch.randn(mean.shape, generator=generator)
         output = vae.reconstruct(mean + (0.5 * log_variance).exp() * noise).float()
     error = output - video
-    pixels = error.abs().mean()
-    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    pixels = error.abs().mean() + error.square().mean()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    loss = pixels + config.edge_weight * edges + config.kl_weight * divergence
     psnr = 10 * torch.log10(4 / error.detach().square().mean())
-    return {"loss": loss, "pixels": pixels.detach(), "kl": divergence.detach(), "psnr": psnr}
+    return {"loss": pixels + config.kl_weight * divergence, "kl": divergence, "psnr": psnr}
 
 
 def train_vae(config: VAETraining, *, resume: bool = False) -> Iterator[dict]:
     """Train, yielding log records; the last one holds the model as `vae`, with the statistics of its latents set."""
     torch.manual_seed(config.loop.seed)
     vae = VAE(VAEConfig.from_dict(TINY_VAE))
-    _start_small(vae)
+    _initialise(vae)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((config.loop.seed, step))
@@ -73,11 +70,14 @@ def train_vae(config: VAETraining, *, resume: bool = False) -> Iterator[dict]:
     yield {"vae": with_statistics(vae, np.random.default_rng(config.loop.seed))}
 
 
-def _start_small(vae: VAE) -> None:
-    """Begin with a nearly deterministic posterior, so that pixels are learned before the noise matters."""
+def _initialise(vae: VAE) -> None:
+    """Kernels that keep the size of their input, and a posterior that begins nearly without noise."""
     with torch.no_grad():
-        z_dim = vae.config.z_dim
-        vae.quant_conv.bias[z_dim:] -= 6
+        for module in vae.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                nn.init.zeros_(module.bias)
+        vae.quant_conv.bias[vae.config.z_dim :] -= 6
 
 
 @torch.no_grad()

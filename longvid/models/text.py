@@ -66,7 +66,7 @@ class TextEncoder:
     def __call__(self, prompt: str) -> Text:
         """Text states (1, max_length, dim), float32, zero past the prompt's end mark. A longer prompt is cut.
 
-        Wan2.1 (arXiv 2503.20314), section 4.2: umT5 states, read by cross-attention in every layer.
+        Wan2.1 (arXiv 2503.20314), section 4: umT5 states, read by cross-attention in every layer.
         """
         tokens = self.tokenizer(
             clean(prompt), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"

@@ -251,12 +251,10 @@ class VAE(nn.Module):
         self._check_channels(latents, "latents", self.config.z_dim)
         mean, std = self._statistics(latents)
         z = (latents.float() * std + mean).to(self.decoder.conv_in.weight.dtype)
-        frames = []
+        stream, frames = Stream(state), []
         for latent in rearrange(z, "b c f h w -> b f h w c").split(1, 1):
-            stream = Stream(state)
-            pixels = self._decode(latent, stream).float()
-            frames.append(pixels.clamp_(-1, 1))
-            state = stream.state()
+            frames.append(self._decode(latent, stream).float().clamp_(-1, 1))
+            state = stream.advance()
         return torch.cat(frames, 2), state
 
     @torch.no_grad()
@@ -273,11 +271,10 @@ class VAE(nn.Module):
         """
         self._check_video(video, is_start=state is None)
         chunks = [video] if state is not None else [video[:, :, :1], video[:, :, 1:]]
-        latents = []
+        stream, latents = Stream(state), []
         for chunk in (part for chunk in chunks if chunk.shape[2] for part in chunk.split(TEMPORAL_FACTOR, 2)):
-            stream = Stream(state)
             latents.append(self._encode(chunk, stream)[0])
-            state = stream.state()
+            state = stream.advance()
         mu = torch.cat(latents, 2)
         mean, std = self._statistics(mu)
         return (mu - mean) / std, state
@@ -321,9 +318,7 @@ class VAE(nn.Module):
 
     def _check_channels(self, x: Tensor, name: str, channels: int) -> None:
         if x.ndim != 5 or x.shape[1] != channels or not x.shape[2]:
-            raise ValueError(
-                f"{name} of shape {tuple(x.shape)} must be (batch, {channels}, at least 1, height, width)"
-            )
+            raise ValueError(f"{name} of shape {tuple(x.shape)} must be (batch, {channels}, at least 1, height, width)")
 
     def _check_video(self, video: Tensor, *, is_start: bool) -> None:
         self._check_channels(video, "video", self.config.in_channels // (self.config.patch_size or 1) ** 2)

@@ -7,17 +7,30 @@ in order and a 1x1x1 convolution is a matrix product. Parameter names and shapes
 `AutoencoderKLWan`. No layer keeps anything between calls: what a causal layer needs of the past comes from a `Stream`.
 """
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from longvid.models.vae_conv import (
+    coarse_kernels,
+    conv2d,
+    conv3d_by_taps,
+    conv3d_minimal,
+    conv3d_plain,
+    minimal_kernels,
+    stacked_taps,
+    upsample_conv2d,
+)
 
 VAEState = tuple[Tensor, ...]
 """The last input frames, `(b, 2 or 1, h, w, c)`, of every causal layer in the order in which a call meets them."""
 
 
 class Stream:
-    """One walk through the causal layers: hands each its past and notes what the next call will ask for.
+    """One call's walk through the causal layers: hands each its past and notes what it will ask for next time.
 
     Args:
         state: what the call before returned; None at the start of a video, where the past is zero.
@@ -27,72 +40,42 @@ class Stream:
     def __init__(self, state: VAEState | None = None, *, keep: bool = True):
         self.is_start = state is None
         self._past = iter(state or ())
-        self._kept: list[Tensor] | None = [] if keep else None
+        self._keep = keep
+        self._kept: list[Tensor] = []
+        self._prepared: dict[tuple, Tensor] = {}
 
     def extend(self, x: Tensor, num_frames: int = 2) -> Tensor:
         """`(b, t, h, w, c)` with `num_frames` frames of the past before it; its own last ones are noted."""
         past = x.new_zeros(x.shape[0], num_frames, *x.shape[2:]) if self.is_start else next(self._past)
         x = torch.cat([past, x], 1)
-        if self._kept is not None:
+        if self._keep:
             self._kept.append(x[:, -num_frames:].clone())
         return x
 
-    def state(self) -> VAEState:
-        """What the next call needs, once every layer was met."""
-        assert self._kept is not None and next(self._past, None) is None
-        return tuple(self._kept)
+    def advance(self) -> VAEState:
+        """Go on to the next piece, after every layer was met: what was noted is the past now. Returns it."""
+        assert self._keep and next(self._past, None) is None
+        state, self._kept = tuple(self._kept), []
+        self.is_start, self._past = False, iter(state)
+        return state
+
+    def prepared(self, prepare: Callable[..., Tensor], weight: Tensor, *args: int) -> Tensor:
+        """`prepare(weight, *args)`, once per call: within one, weights do not change."""
+        key = (prepare, weight, *args)
+        if key not in self._prepared:
+            self._prepared[key] = prepare(*key[1:])
+        return self._prepared[key]
 
 
-def conv3d_plain(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
-    """`(b, t, h, w, c) -> (b, t', h, w, o)`: a 3-D convolution, "same" in space, "valid" and strided in time."""
-    pad = (0, weight.shape[3] // 2, weight.shape[4] // 2)
-    y = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, bias, (stride, 1, 1), pad)
-    return y.permute(0, 2, 3, 4, 1)
-
-
-def conv3d_by_taps(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
-    """`conv3d_plain` as one image convolution (or matrix product) over the temporal taps, stacked as channels.
-
-    A CPU runs float32 3-D convolutions of few channels 5 to 20 times slower than this.
-    """
-    taps, pad = weight.shape[2], weight.shape[3] // 2
-    num_frames = (x.shape[1] - taps) // stride + 1
-    if taps > 1:
-        last = stride * (num_frames - 1) + 1
-        x = torch.cat([x[:, k : k + last : stride] for k in range(taps)], -1)
-    if pad == 0:
-        return F.linear(x, rearrange(weight, "o c k 1 1 -> o (k c)"), bias)
-    weight = rearrange(weight, "o c k y x -> o y x (k c)").permute(0, 3, 1, 2)
-    return conv2d(x, weight, bias, padding=pad)
-
-
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
-    """`conv3d_plain`, on the path that is fast on x's device."""
-    return (conv3d_by_taps if x.device.type == "cpu" else conv3d_plain)(x, weight, bias, stride)
-
-
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
-    """`(b, t, h, w, c) -> (b, t, h', w', o)`: each frame as an image."""
-    y = F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, stride, padding)
-    return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
-
-
-def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`(b, t, h, w, c) -> (b, t, 2h, 2w, o)`: nearest upsampling by 2, then a 3x3 convolution with padding 1.
-
-    Of 3 neighbouring fine rows 2 show the same coarse row, so each of the 4 fine pixels of a coarse one is a 2x2
-    convolution of the coarse image: 16 products where the fine image has 36, and no fine image of the input.
-    """
-    rows = torch.stack([weight[:, :, 0], weight[:, :, 1:].sum(2), weight[:, :, :2].sum(2), weight[:, :, 2]], 2)
-    both = torch.stack([rows[..., 0], rows[..., 1:].sum(-1), rows[..., :2].sum(-1), rows[..., 2]], -1)
-    coarse = rearrange(both, "o c (p y) (q x) -> (p q o) y x c", p=2, q=2).permute(0, 3, 1, 2)
-    y = rearrange(conv2d(x, coarse, bias.repeat(4), padding=1), "b t h w (p q o) -> b t h w p q o", p=2, q=2)
-    (height, width), num_out = x.shape[2:4], weight.shape[0]
-    fine = y.new_empty(*x.shape[:2], height, 2, width, 2, num_out)
-    for p in range(2):
-        for q in range(2):
-            fine[:, :, :, p, :, q] = y[:, :, p : p + height, q : q + width, p, q]
-    return fine.view(*x.shape[:2], 2 * height, 2 * width, num_out)
+def conv3d(x: Tensor, conv: nn.Conv3d, stream: Stream, stride: int = 1) -> Tensor:
+    """`(b, t, h, w, c) -> (b, t', h, w, o)`: `conv3d_plain`, on the path that is fast for x."""
+    if x.device.type != "cpu":
+        return conv3d_plain(x, conv.weight, conv.bias, stride)
+    taps, num_out = conv.kernel_size[0], x.shape[1] - 2
+    exact = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if conv.kernel_size == (3, 3, 3) and num_out in (2, 4) and exact and not torch.is_grad_enabled():
+        return conv3d_minimal(x, stream.prepared(minimal_kernels, conv.weight, num_out), conv.bias)
+    return conv3d_by_taps(x, stream.prepared(stacked_taps, conv.weight), conv.bias, taps, stride)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -100,7 +83,7 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """`(b, t, h, w, c) -> (b, t, h, w, o)`."""
-        return conv3d(stream.extend(x) if self.kernel_size[0] > 1 else x, self.weight, self.bias)
+        return conv3d(stream.extend(x) if self.kernel_size[0] > 1 else x, self, stream)
 
 
 class RMSNorm(nn.Module):
@@ -187,7 +170,8 @@ class Upsample(nn.Module):
             first, rest = x.split([1, x.shape[1] - 1], 1) if stream.is_start else (x[:, :0], x)
             rest = self.time_conv(rest, stream) if rest.shape[1] else stream.extend(rest)[:, :0].repeat(1, 1, 1, 1, 2)
             x = torch.cat([first, rearrange(rest, "b t h w (k c) -> b (t k) h w c", k=2)], 1)
-        return upsample_conv2d(x, self.resample[1].weight, self.resample[1].bias)
+        conv = self.resample[1]
+        return upsample_conv2d(x, stream.prepared(coarse_kernels, conv.weight), conv.bias)
 
 
 class Downsample(nn.Module):
@@ -207,7 +191,7 @@ class Downsample(nn.Module):
         x = stream.extend(x, 1)[:, first.shape[1] :]
         if x.shape[1] == 1:
             return first
-        return torch.cat([first, conv3d(x, self.time_conv.weight, self.time_conv.bias, stride=2)], 1)
+        return torch.cat([first, conv3d(x, self.time_conv, stream, stride=2)], 1)
 
 
 class UpBlock(nn.Module):

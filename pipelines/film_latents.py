@@ -1,0 +1,94 @@
+"""Procedural films as latents on disk, encoded once: what the DiT is trained on.
+
+A film is stored as the first latents of its video (the sink) and a run of latents from later on. In every second film
+the run follows directly; in the others it is cut out of the film's next minutes, since that is what a model sees at
+inference: the sink, a gap, and the recent past.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longvid import worlds
+from longvid.models.vae import VAE
+
+SINK = 3
+RUN = 24
+WARM_UP = 2
+FURTHEST = 240
+
+
+@dataclass(frozen=True, kw_only=True)
+class Film:
+    """A world and the index of the first latent of its run."""
+
+    world: worlds.World
+    start: int
+
+
+def film_at(seed: int, index: int) -> Film:
+    """The film of that address."""
+    rng = np.random.default_rng((seed, index))
+    world = worlds.sample_world(rng)
+    return Film(world=world, start=SINK if index % 2 == 0 else int(rng.integers(SINK + 1, FURTHEST)))
+
+
+@torch.no_grad()
+def encode_film(vae: VAE, film: Film) -> Tensor:
+    """Normalised latents (c, SINK + RUN, h, w): the sink, then the run."""
+    if film.start == SINK:
+        return _encode(vae, film.world, 0, SINK + RUN)[0]
+    sink = _encode(vae, film.world, 0, SINK)
+    run = _encode(vae, film.world, film.start - WARM_UP, WARM_UP + RUN)[:, :, WARM_UP:]
+    return torch.cat([sink, run], 2)[0]
+
+
+def _encode(vae: VAE, world: worlds.World, first: int, count: int) -> Tensor:
+    """Latents `first` to `first + count`. The encoder needs a few latents before it forgets where it began."""
+    frames = worlds.draw(world, 4 * (count - 1) + 1, start=4 * first)
+    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    return vae.encode(video)[0]
+
+
+def make_shard(path: Path, vae: VAE, seed: int, indices: range) -> None:
+    """Encode the films of a range of addresses into one safetensors file (bfloat16)."""
+    latents = torch.stack([encode_film(vae, film_at(seed, i)).bfloat16() for i in indices])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part")
+    save_file({"latents": latents, "indices": torch.tensor(list(indices))}, aside)
+    aside.rename(path)
+
+
+def make_latents(folder: Path, vae: VAE, seed: int, num_films: int, shard: int = 100) -> Iterator[int]:
+    """Encode films until `folder` holds `num_films`, yielding the count; shards that are there are kept."""
+    for start in range(0, num_films, shard):
+        path = folder / f"{start:06d}.safetensors"
+        if not path.exists():
+            make_shard(path, vae, seed, range(start, min(start + shard, num_films)))
+        yield min(start + shard, num_films)
+
+
+class FilmLatents:
+    """All films of a folder in memory."""
+
+    def __init__(self, folder: Path, seed: int):
+        shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+        if not shards:
+            raise ValueError(f"{folder} holds no latents; make them with: longvid train latents --out {folder}")
+        self.latents = torch.cat([shard["latents"] for shard in shards])
+        self.films = [film_at(seed, int(i)) for shard in shards for i in shard["indices"]]
+
+    def sample(self, rng: np.random.Generator, count: int, run: int) -> tuple[Tensor, list[str]]:
+        """Clips of `SINK + run` latents (count, c, f, h, w), float32, and captions for them."""
+        clips, captions = [], []
+        for i in rng.integers(0, len(self.films), count):
+            offset = 0 if rng.uniform() < 0.4 else int(rng.integers(0, RUN - run + 1))
+            latents = self.latents[i]
+            clips.append(torch.cat([latents[:, :SINK], latents[:, SINK + offset : SINK + offset + run]], 1))
+            captions.append(worlds.caption(self.films[i].world, rng))
+        return torch.stack(clips).float(), captions
