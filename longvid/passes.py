@@ -85,7 +85,19 @@ class Window:
 
     def active(self, tick: int) -> list[int]:
         """Blocks that take a step in this tick, oldest first."""
-        return [b for b in range(self.first, self.stop) if 0 <= self.age(tick, b) < self.method.num_steps]
+        return [b for b in self._entered(tick) if self.age(tick, b) < self.method.num_steps]
+
+    def finished(self, tick: int) -> list[int]:
+        """Blocks that took their last step in the tick before."""
+        return [b for b in self._entered(tick) if self.age(tick, b) == self.method.num_steps]
+
+    def _entered(self, tick: int) -> range:
+        """Blocks that have begun by this tick, without those that finished before the tick before."""
+        lag = self.method.lag
+        if not lag:
+            return range(self.first, self.stop)
+        oldest, newest = (tick - self.method.num_steps + lag - 1) // lag, tick // lag
+        return range(self.first + max(oldest, 0), min(self.first + newest + 1, self.stop))
 
     def tail(self, block: int, count: int) -> Iterator[tuple[int, int, int]]:
         """The `count` latents before `block`, nearest first, as (block, start, stop)."""
@@ -100,10 +112,11 @@ class Window:
         step = min(max(self.age(tick, block), 0), self.method.num_steps)
         return Cover(block, step, start, stop or self.sizes[block], self.schedule.timesteps[step])
 
-    def kept_step(self, block: int) -> int:
-        """The step at which a finished block's features were written."""
+    def seen_step(self, tick: int, block: int) -> int:
+        """The step at which the features of an earlier block were written, as a pass of this tick finds them."""
+        num_steps = self.method.num_steps
         retired = self.method.retire or block < self.num_ready
-        return self.method.num_steps if retired else self.method.num_steps - 1
+        return min(self.age(tick, block), num_steps if retired else num_steps - 1)
 
 
 def ready_passes(window: Window) -> Iterator[Pass]:
@@ -116,9 +129,8 @@ def tick_passes(window: Window, tick: int) -> Iterator[Pass]:
     """The passes of one tick, in order, lane by lane. A block's features are retired one tick after it is clean."""
     method = window.method
     if method.retire:
-        for block in range(window.first, window.stop):
-            if window.age(tick, block) == method.num_steps:
-                yield from _retire(window, tick, block)
+        for block in window.finished(tick):
+            yield from _retire(window, tick, block)
     active = window.active(tick)
     if method.kind is Kind.CAUSAL:
         outlines = (_causal(window, tick, block) for block in active)
@@ -177,7 +189,8 @@ def _joint(window: Window, tick: int, active: list[int]) -> Pass:
         covers = tuple(window.cover(tick, block) for block in active)
         covered = sum(window.sizes[block] for block in active)
         before = _look_back(window, tick, active[0], covered, method.sink)
-        return Pass(tick, 0, covers, before, updates=tuple(active))
+        writes = tuple(Slice(*cover[:4]) for cover in covers)
+        return Pass(tick, 0, covers, before, writes=writes, updates=tuple(active))
     level = method.condition_level
     shared = [window.cover(tick, *piece) for piece in window.tail(window.first, method.overlap)]
     shared = [cover._replace(timestep=1000 * level, renoise=level) for cover in reversed(shared)]
@@ -192,23 +205,22 @@ def _look_back(window: Window, tick: int, block: int, covered: int, sink: int) -
     a neighbour beyond `left` ends the run, so nothing is ever seen with a hole in time, except after the sink.
     """
     method = window.method
-    sink_pieces = list(_sink(window, block, sink))
-    budget = {"left": method.left, "history": method.history}
-    if method.max_keys:
-        room = method.max_keys - covered - sum(stop - start for _, start, stop in sink_pieces)
-        budget["history"] = max(0, min(method.history, room))
+    room = max(0, method.max_keys - covered) if method.max_keys else sink + method.history + method.left
+    anchors = list(_sink(window, block, min(sink, room)))
+    room -= sum(stop - start for _, start, stop in anchors)
+    budget = {True: method.history, False: method.left}
     run: list[Slice] = []
-    for b, _, size in window.tail(block, sum(window.sizes[:block])):
-        age = window.age(tick, b)
-        side = "left" if age < method.num_steps else "history"
-        low = next((stop for piece, _, stop in sink_pieces if piece == b), 0)
-        taken = min(budget[side], size - low)
+    for b, _, size in window.tail(block, method.history + method.left):
+        is_clean = window.age(tick, b) >= method.num_steps
+        low = next((stop for anchor, _, stop in anchors if anchor == b), 0)
+        taken = min(budget[is_clean], room, size - low)
         if taken:
-            run.append(Slice(b, age if side == "left" else window.kept_step(b), size - taken, size))
-            budget[side] -= taken
+            run.append(Slice(b, window.seen_step(tick, b), size - taken, size))
+            budget[is_clean] -= taken
+            room -= taken
         if taken < size:
             break
-    first = [Slice(b, _sink_step(window, tick, b), start, stop) for b, start, stop in sink_pieces]
+    first = [Slice(b, window.seen_step(tick, b), start, stop) for b, start, stop in anchors]
     return _merge(first + run[::-1])
 
 
@@ -220,11 +232,6 @@ def _sink(window: Window, block: int, sink: int) -> Iterator[tuple[int, int, int
             return
         yield b, 0, taken
         sink -= taken
-
-
-def _sink_step(window: Window, tick: int, block: int) -> int:
-    age = window.age(tick, block)
-    return age if age < window.method.num_steps else window.kept_step(block)
 
 
 def _merge(pieces: list[Slice]) -> tuple[Slice, ...]:

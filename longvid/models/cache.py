@@ -30,6 +30,11 @@ class Entry:
     start: int
     features: Features
 
+    @property
+    def stop(self) -> int:
+        """One past the last latent kept."""
+        return self.start + next(iter(self.features.values())).keys.shape[1]
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -50,7 +55,7 @@ class Cache:
                 if cover.block == piece.block:
                     start = offset + piece.start - cover.start
                     stop = offset + piece.stop - cover.start
-                    kept = {layer: kv.narrow(start, stop) for layer, kv in features.items()}
+                    kept = {layer: _keep(kv, start, stop) for layer, kv in features.items()}
                     entries[piece.block, p.lane] = Entry(piece.step, piece.start, kept)
                 offset += cover.stop - cover.start
         for block in p.frees:
@@ -58,7 +63,7 @@ class Cache:
         return Cache(entries)
 
     def num_bytes(self) -> int:
-        """Bytes that the cached features hold alive, views counted once by their own size."""
+        """Bytes that the cached features hold alive."""
         tensors = [t for entry in self.entries.values() for kv in entry.features.values() for t in kv]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -70,5 +75,13 @@ class Cache:
             entry = self.entries[piece.block, lane]
             assert entry.step == piece.step, f"block {piece.block} is kept at step {entry.step}, not {piece.step}"
             shift = entry.start
+            assert shift <= piece.start < piece.stop <= entry.stop, f"{piece}: latents {shift} to {entry.stop} are kept"
             found.append({i: kv.narrow(piece.start - shift, piece.stop - shift) for i, kv in entry.features.items()})
         return {layer: join([features[layer] for features in found]) for layer in found[0]}
+
+
+def _keep(kv: KV, start: int, stop: int) -> KV:
+    """Latents `start` to `stop`; a part is copied, since a view of it would hold all of them alive."""
+    if (start, stop) == (0, kv.keys.shape[1]):
+        return kv
+    return KV(*(tensor.clone() for tensor in kv.narrow(start, stop)))

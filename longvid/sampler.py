@@ -1,0 +1,132 @@
+"""Carries a plan out in one process: the slow truth that every other executor is held to.
+
+It decides nothing: the plan says what each pass covers, reads, writes, updates and lets go.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from longvid.flow import UniPCState, add_noise, guide, solver_step
+from longvid.models.cache import Cache
+from longvid.models.dit import DiT, TextFeatures
+from longvid.noise import block_noise, coordinated_noise
+from longvid.passes import Cover, Pass
+from longvid.plan import Plan
+from longvid.schedule import Noise
+from longvid.types import Latents
+
+NoiseOf = Callable[[int, int | None], Latents]
+"""Noise of (block, step); step None is the noise that the block begins with."""
+
+
+def noise_of(plan: Plan, seed: int, channels: int, height: int, width: int) -> NoiseOf:
+    """The noise that a plan's method asks for, addressed by `seed`; sizes in latents."""
+    method = plan.method
+
+    def noise(block: int, step: int | None) -> Latents:
+        shape = (1, channels, plan.block_sizes[block], height, width)
+        if step is None and method.noise is Noise.COORDINATED:
+            return coordinated_noise(seed, block, shape, method.block_size, method.left)
+        return block_noise(seed, block, shape, step)
+
+    return noise
+
+
+class Queue:
+    """Latents and solver state of the blocks at hand: all that solver steps read and write."""
+
+    def __init__(self, plan: Plan, noise: NoiseOf, device: torch.device, ready: Sequence[Latents]):
+        assert len(ready) == plan.num_ready, f"{len(ready)} ready blocks, the plan has {plan.num_ready}"
+        self.plan, self.noise, self.device = plan, noise, device
+        self.latents: dict[int, Latents] = {block: x.float().to(device) for block, x in enumerate(ready)}
+        self.steps: dict[int, int] = dict.fromkeys(self.latents, plan.method.num_steps)
+        self.states: dict[int, UniPCState | None] = {}
+        self.finite: dict[tuple[int, int], Tensor] = {}
+
+    def gather(self, p: Pass) -> Latents:
+        """The latents that go through the model in a pass, blocks that begin filled with their noise."""
+        return torch.cat([self._cover(p, cover) for cover in p.covers], dim=2)
+
+    def update(self, p: Pass, velocity: Latents) -> None:
+        """A solver step of each block that the pass updates; `velocity` is of all that it covered."""
+        offset = 0
+        for cover in p.covers:
+            size = cover.stop - cover.start
+            if cover.block in p.updates:
+                self._step(cover.block, velocity[:, :, offset : offset + size])
+            offset += size
+
+    def take(self, p: Pass) -> Iterator[tuple[int, Latents]]:
+        """The blocks that leave after a pass; then forgets what nobody needs again.
+
+        Raises FloatingPointError that names block and step where latents first stopped being finite: what has once
+        gone wrong stays so, and spreads to other blocks.
+        """
+        for block in p.emits:
+            if not self.latents[block].isfinite().all():
+                origin, step = next(place for place, finite in self.finite.items() if not finite)
+                raise FloatingPointError(f"the latents of block {origin} are not finite after step {step}")
+            for step in range(self.steps[block]):
+                del self.finite[block, step]
+            yield block, self.latents[block]
+        for block in p.drops:
+            self.latents.pop(block, None)
+
+    def _cover(self, p: Pass, cover: Cover) -> Latents:
+        if cover.block not in self.latents:
+            self.latents[cover.block] = self.noise(cover.block, None).to(self.device)
+            self.steps[cover.block] = 0
+        step = self.steps[cover.block]
+        assert step == cover.step, f"block {cover.block} is at step {step}, the plan says {cover.step}"
+        x = self.latents[cover.block]
+        if cover.renoise:
+            fresh = self.noise(cover.block, self.plan.method.num_steps + p.tick).to(self.device)
+            x = add_noise(x, fresh, cover.renoise)
+        return x[:, :, cover.start : cover.stop]
+
+    def _step(self, block: int, velocity: Latents) -> None:
+        method, step = self.plan.method, self.steps[block]
+        fresh = None
+        if method.solver.needs_noise and step + 1 < method.num_steps:
+            fresh = self.noise(block, step).to(self.device)
+        state, levels = self.states.pop(block, None), self.plan.schedule.levels
+        x, state = solver_step(method.solver, self.latents[block], velocity, state, levels, step, fresh)
+        self.latents[block], self.steps[block] = x, step + 1
+        if state is not None:
+            self.states[block] = state
+        self.finite[block, step] = x.isfinite().all()
+
+
+@torch.no_grad()
+def sample(
+    plan: Plan,
+    dit: DiT,
+    text: Callable[[Pass], TextFeatures],
+    noise: NoiseOf,
+    *,
+    ready: Sequence[Latents] = (),
+    fps: int = 24,
+    observe: Callable[[Pass], None] = lambda p: None,
+) -> Iterator[tuple[int, Latents]]:
+    """Yield (block, clean latents (1, c, f, h, w)) oldest first.
+
+    `text` gives the text of a pass (lane 0 is the prompt's, lane 1 the negative prompt's), `ready` the latents of the
+    blocks that are clean from the start, `observe` is called after each pass. Raises FloatingPointError where latents
+    stop being finite, naming block and step.
+    """
+    cache, lanes = Cache(), {}
+    queue = Queue(plan, noise, next(dit.parameters()).device, ready)
+    for p in plan.passes:
+        x = queue.gather(p)
+        sizes = torch.tensor([cover.stop - cover.start for cover in p.covers])
+        told = torch.tensor([cover.timestep for cover in p.covers], dtype=torch.float32)
+        timesteps = told.repeat_interleave(sizes)[None].to(x.device)
+        lanes[p.lane], features = dit(x, timesteps, text(p), cache.context(p), fps=fps)
+        cache = cache.after(p, features)
+        del features  # what the cache has not kept need not live through the next pass
+        if p.updates:
+            queue.update(p, guide(lanes[1], lanes[0], plan.method.guidance_scale) if len(lanes) > 1 else lanes[0])
+        observe(p)
+        yield from queue.take(p)

@@ -1,0 +1,269 @@
+"""The command `longvid`: parses, calls, prints. Nothing heavy is imported before the arguments are read."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_REQUEST, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> None:
+        """Exit 2 with one line."""
+        self.exit(EXIT_WRONG_REQUEST, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def parser() -> Parser:
+    """All commands and their flags."""
+    top = Parser(prog="longvid", description="Minutes of video from a prompt: rolling block-wise denoising.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="generate | extend | plan | train")
+    generate = commands.add_parser("generate", help="make a video from a prompt")
+    generate.add_argument("--image", metavar="F", help="a picture that the video starts from (PNG, JPEG, WebP)")
+    extend = commands.add_parser("extend", help="go on with a video")
+    extend.add_argument("--video", metavar="F", required=True, help="the video to go on with (any that decord reads)")
+    plan = commands.add_parser("plan", help="print the matrix of steps and the list of passes")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.add_argument("--image", metavar="F", help="plan for a video that starts from a picture")
+    for command in (generate, extend, plan):
+        _add_video_flags(command)
+    for command in (generate, extend):
+        _add_output_flags(command)
+    _add_train_flags(commands.add_parser("train", help="train the embedded model, part by part"))
+    return top
+
+
+def _add_video_flags(command: argparse.ArgumentParser) -> None:
+    model = command.add_argument_group("what")
+    model.add_argument("--model", metavar="M", help="a model folder or a hub id (default: the model in the box)")
+    model.add_argument("--prompt", metavar="TEXT", help="what to show")
+    model.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    length = command.add_argument_group("length and size")
+    length.add_argument("--seconds", type=float, metavar="S")
+    length.add_argument("--num-frames", type=int, metavar="N", help="4n + 1")
+    length.add_argument("--fps", type=int, metavar="N")
+    length.add_argument("--height", type=int, metavar="N", help="pixels")
+    length.add_argument("--width", type=int, metavar="N", help="pixels")
+    method = command.add_argument_group("method")
+    method.add_argument("--method", metavar="NAME", help="rolling, dualparal, skyreels-sync, skyreels-async, "
+                        "rolling-forcing or self-forcing")  # fmt: skip
+    method.add_argument("--num-inference-steps", type=int, metavar="N", dest="num_steps")
+    method.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
+    method.add_argument("--flow-shift", type=float, metavar="S")
+    method.add_argument("--block-size", type=int, metavar="N", help="latents in a block")
+    method.add_argument("--lag", type=int, metavar="N", help="steps that a block is ahead of the next")
+    method.add_argument("--seed", type=int, metavar="N", help="chosen and printed if left out")
+    method.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N")
+    method.add_argument("--dtype", metavar="T", help="float32 or bfloat16")
+
+
+def _add_output_flags(command: argparse.ArgumentParser) -> None:
+    output = command.add_argument_group("output")
+    output.add_argument("--output", metavar="F", help="the video, .mp4; F.json is written beside it")
+    output.add_argument("--save-latents", metavar="F", help="clean latents, safetensors")
+    output.add_argument("--metrics", metavar="F", help="time, memory and hashes, JSON")
+    output.add_argument("--contact-sheet", metavar="F", help="a grid of frames with their times, PNG")
+    output.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    output.add_argument("--dry-run", action="store_true", help="check everything, print the configuration, make nothing")
+    output.add_argument("--quiet", action="store_true", help="no progress, no configuration")
+    output.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
+
+
+def _add_train_flags(train: argparse.ArgumentParser) -> None:
+    train.add_argument("part", choices=["vae", "text", "latents", "dit", "pack"],
+                       help="in this order; latents encodes films once, pack writes the model folder")  # fmt: skip
+    train.add_argument("--out", metavar="DIR", required=True, help="the training folder, the same for all parts")
+    train.add_argument("--steps", type=int, metavar="N", help="training steps (latents: films)")
+    train.add_argument("--batch-size", type=int, metavar="N")
+    train.add_argument("--learning-rate", type=float, metavar="R")
+    train.add_argument("--seed", type=int, default=0, metavar="N")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    train.add_argument("--model", metavar="DIR", help="pack: the model folder to write")
+    train.add_argument("--threads", type=int, metavar="N")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    options = parser().parse_args([_with_hyphens(word) for word in words])
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        return COMMANDS[options.command](options)
+    except (ValueError, FileExistsError) as error:
+        return _say(f"longvid {options.command}: {_one_line(error)}", EXIT_WRONG_REQUEST)
+    except (FloatingPointError, OSError, MemoryError) as error:
+        return _say(f"longvid {options.command} failed: {_one_line(error)}", EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _say(f"longvid {options.command}: interrupted", EXIT_INTERRUPTED)
+
+
+def _with_hyphens(word: str) -> str:
+    """`--num_frames` is `--num-frames`."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _say(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def _request(options: argparse.Namespace) -> dict:
+    """What the user gave of a video, without what was left out."""
+    names = ("model", "prompt", "negative_prompt", "image", "seconds", "num_frames", "fps", "height", "width",
+             "method", "num_steps", "guidance_scale", "flow_shift", "block_size", "lag", "seed", "device", "dtype")  # fmt: skip
+    given = {name: getattr(options, name, None) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _outputs(options: argparse.Namespace):
+    from pipelines.record import Outputs
+
+    paths = {"latents": options.save_latents, "metrics": options.metrics, "contact_sheet": options.contact_sheet}
+    return Outputs(
+        video=Path(options.output) if options.output else _free_name(Path("longvid.mp4")),
+        overwrite=options.overwrite,
+        **{name: Path(path) if path else None for name, path in paths.items()},
+    )
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or it with the first number that makes a new file: `longvid-2.mp4`."""
+    candidate, number = path, 2
+    while candidate.exists() or candidate.with_suffix(".json").exists():
+        candidate, number = path.with_stem(f"{path.stem}-{number}"), number + 1
+    return candidate
+
+
+def _generate(options: argparse.Namespace) -> int:
+    _use_threads(options.threads)
+    from pipelines.configure import configure
+
+    run = configure(**_request(options))
+    outputs = _outputs(options)
+    outputs.check(run.num_frames, run.height, run.width)
+    plan = run.plan()
+    if _dry(options, run, plan, {"output": str(outputs.video)}):
+        return EXIT_DONE
+    from pipelines.generate import generate
+    from pipelines.record import Meter
+
+    meter = Meter(keep_latents=outputs.latents is not None)
+    return _carry_out(options, run, generate(run, meter), meter, outputs, run.num_frames, {})
+
+
+def _extend(options: argparse.Namespace) -> int:
+    _use_threads(options.threads)
+    from pipelines.configure import configure
+    from pipelines.extend import configure_extension, extend
+
+    extension = configure_extension(configure(**_request(options)), Path(options.video))
+    run, outputs = extension.run, _outputs(options)
+    if outputs.video.resolve() == extension.video.resolve():
+        raise ValueError(f"output {outputs.video} is the input; give another name")
+    outputs.check(extension.num_frames, run.height, run.width)
+    notes = {"input": str(extension.video), "input_frames": extension.input_frames,
+             "history_latents": extension.history_latents}  # fmt: skip
+    if _dry(options, run, extension.plan(), {**notes, "output": str(outputs.video)}):
+        return EXIT_DONE
+    from pipelines.record import Meter
+
+    meter = Meter(keep_latents=outputs.latents is not None)
+    return _carry_out(options, run, extend(extension, meter), meter, outputs, extension.num_frames, notes)
+
+
+def _dry(options: argparse.Namespace, run, plan, notes: dict) -> bool:
+    """Print the configuration; say whether to stop there."""
+    from pipelines.configure import cost_of
+
+    described = {**run.record(), **notes, **cost_of(plan)}
+    if options.dry_run:
+        print(json.dumps(described, indent=2, default=str))
+    elif not options.quiet:
+        shown = {**described, **described.pop("method")}
+        print("  ".join(f"{key}={value}" for key, value in shown.items()), file=sys.stderr)
+    return options.dry_run
+
+
+def _carry_out(options, run, frames: Iterable, meter, outputs, num_frames: int, notes: dict) -> int:
+    """Write the video with progress on standard error; what is there stays if it is cut."""
+    from pipelines.progress import Progress
+    from pipelines.record import record
+
+    done = 0
+    try:
+        with Progress(num_frames, run.fps, quiet=options.quiet) as progress:
+            for done in record(run, frames, meter, outputs, num_frames=num_frames, notes=notes):
+                progress.update(done)
+    except BaseException:
+        if done:
+            print(f"{outputs.video} holds the {done} frames made so far and plays", file=sys.stderr)
+        raise
+    if not options.quiet:
+        print(f"latent_sha256 {meter.latent_sha256}", file=sys.stderr)
+    print(outputs.video)
+    return EXIT_DONE
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"threads={threads} must be at least 1; try {os.cpu_count()}")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pipelines.configure import configure
+    from pipelines.show_plan import plan_json, plan_text
+
+    plan = configure(**{**_request(options), "device": "cpu", "dtype": "float32"}).plan()
+    try:
+        if options.json:
+            print(json.dumps(plan_json(plan)))
+        else:
+            for line in plan_text(plan):
+                print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # such as into `head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing more can be said
+    return EXIT_DONE
+
+
+def _train(options: argparse.Namespace) -> int:
+    _use_threads(options.threads)
+    from pipelines.train import train
+
+    given = {name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate")}
+    for line in train(options.part, Path(options.out), seed=options.seed, resume=options.resume,
+                      model=Path(options.model) if options.model else None,
+                      **{name: value for name, value in given.items() if value is not None}):  # fmt: skip
+        print(json.dumps(line))
+        sys.stdout.flush()
+    return EXIT_DONE
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "generate": _generate,
+    "extend": _extend,
+    "plan": _plan,
+    "train": _train,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""What a run leaves: the video, its sidecar, and on request latents, metrics and a contact sheet."""
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from longvid.checkpoints.safetensor_files import fingerprint
+from longvid.contact_sheet import choose, contact_sheet, write_png
+from longvid.media import VideoWriter, check_disk, check_output
+from longvid.passes import Pass
+from longvid.types import Latents
+from pipelines.configure import Run
+from pipelines.generate import Observer
+
+SHEET_FRAMES = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where to write; paths that are None are not written."""
+
+    video: Path
+    latents: Path | None = None
+    metrics: Path | None = None
+    contact_sheet: Path | None = None
+    overwrite: bool = False
+
+    @property
+    def sidecar(self) -> Path:
+        """The JSON beside the video."""
+        return self.video.with_suffix(".json")
+
+    def check(self, num_frames: int, height: int, width: int) -> None:
+        """Raise ValueError if any of them cannot be written, or exists and may not be overwritten."""
+        suffixes = {".mp4", ".m4v", ".mov"}
+        if self.video.suffix.lower() not in suffixes:
+            raise ValueError(f"{self.video} must end in .mp4 (or .m4v, .mov); try {self.video.with_suffix('.mp4')}")
+        check_output(self.video, overwrite=self.overwrite)
+        others = [path for path in (self.sidecar, self.latents, self.metrics, self.contact_sheet) if path]
+        if len({path.resolve() for path in (self.video, *others)}) <= len(others):
+            raise ValueError(f"two outputs have the same name as {self.video} or its sidecar {self.sidecar.name}")
+        for path in others:
+            check_file(path, overwrite=self.overwrite)
+        check_disk(self.video, num_frames, height, width)
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Raise ValueError unless a file can be made there."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} is in a folder that does not exist; create it first: mkdir -p {path.parent}")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; give another name or add --overwrite")
+
+
+class Meter(Observer):
+    """Counts passes, hashes latents as they leave, and keeps them if asked."""
+
+    def __init__(self, *, keep_latents: bool = False):
+        self.start = time.perf_counter()
+        self.num_passes = 0
+        self.first_frame_s: float | None = None
+        self.kept: list[Latents] | None = [] if keep_latents else None
+        self._hash = hashlib.sha256()
+
+    def passed(self, p: Pass) -> None:
+        """Count a forward."""
+        self.num_passes += 1
+
+    def left(self, block: int, latents: Latents) -> None:
+        """Hash a clean block latent by latent, so that the hash does not depend on how the video was cut in blocks."""
+        by_latent = rearrange(latents[0].float().cpu(), "c f h w -> f c h w").contiguous()
+        self._hash.update(by_latent.numpy().tobytes())
+        if self.kept is not None:
+            self.kept.append(latents.float().cpu())
+
+    @property
+    def latent_sha256(self) -> str:
+        """Hash of all latents that have left, float32, axes (f, c, h, w)."""
+        return self._hash.hexdigest()
+
+    def metrics(self, run: Run, num_frames: int) -> dict:
+        """What `--metrics` holds; lists have an entry per process."""
+        wall = time.perf_counter() - self.start
+        return {
+            "frames": num_frames,
+            "seconds_of_video": num_frames / run.fps,
+            "wall_s": wall,
+            "first_frame_s": self.first_frame_s,
+            "fps": num_frames / wall,
+            "passes": self.num_passes,
+            "idle_fraction": [0.0],
+            "peak_memory_mb": [peak_memory_mb(run.device)],
+            "bytes_sent": [0],
+            "latent_sha256": self.latent_sha256,
+            "config": run.record(),
+        }
+
+
+def peak_memory_mb(device: str) -> float:
+    """Most memory used so far, MiB: of the GPU if the run is on one, else of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("longvid", "torch", "numpy", "transformers", "safetensors", "imageio-ffmpeg", "decord"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@dataclass
+class SheetCollector:
+    """Keeps the few frames that a contact sheet shows."""
+
+    num_frames: int
+    fps: float
+    wanted: set[int] = field(default_factory=set)
+    frames: list[np.ndarray] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    seen: int = 0
+
+    def __post_init__(self):
+        self.wanted = set(choose(self.num_frames, SHEET_FRAMES))
+
+    def add(self, frames: np.ndarray) -> None:
+        """Look at the next frames (n, height, width, 3)."""
+        for i, frame in enumerate(frames, self.seen):
+            if i in self.wanted:
+                self.frames.append(frame.copy())
+                self.times.append(i / self.fps)
+        self.seen += len(frames)
+
+    def write(self, path: Path) -> None:
+        """Write what was seen, if anything."""
+        if self.frames:
+            write_png(path, contact_sheet(np.stack(self.frames), self.times))
+
+
+def record(
+    run: Run, frames: Iterable[np.ndarray], meter: Meter, outputs: Outputs, *, num_frames: int, notes: dict
+) -> Iterator[int]:
+    """Write frames to the outputs as they come, yielding how many are in the file.
+
+    However it ends, the video is closed so that it plays and the sidecar says how far it came; `notes` go there too.
+    """
+    writer = VideoWriter(outputs.video, height=run.height, width=run.width, fps=run.fps, overwrite=outputs.overwrite)
+    sheet = SheetCollector(num_frames=num_frames, fps=run.fps)
+    ended = "failed"
+    try:
+        with writer:
+            for block in frames:
+                writer.write(block)
+                if meter.first_frame_s is None:
+                    meter.first_frame_s = time.perf_counter() - meter.start
+                sheet.add(block)
+                yield writer.num_frames
+        ended = "complete"
+    except KeyboardInterrupt:
+        ended = "interrupted"
+        raise
+    finally:
+        if writer.num_frames:
+            _write_extras(run, meter, outputs, sheet, writer.num_frames, {**notes, "ended": ended})
+
+
+def _write_extras(
+    run: Run, meter: Meter, outputs: Outputs, sheet: SheetCollector, num_frames: int, notes: dict
+) -> None:
+    metrics = meter.metrics(run, num_frames)
+    config = metrics.pop("config")
+    sidecar = {
+        "ended": notes.pop("ended"),
+        "config": config,
+        **notes,
+        "versions": versions(),
+        "checkpoint_hash": fingerprint(run.model),
+        "metrics": metrics,
+    }
+    write_json(outputs.sidecar, sidecar)
+    if outputs.metrics:
+        write_json(outputs.metrics, {**metrics, "config": config})
+    if outputs.contact_sheet:
+        sheet.write(outputs.contact_sheet)
+    if outputs.latents and meter.kept:
+        from safetensors.torch import save_file
+
+        save_file({"latents": torch.cat(meter.kept, 2)[0].contiguous()}, outputs.latents)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write aside, then rename: the file is whole or not there."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    aside.rename(path)

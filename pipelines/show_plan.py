@@ -1,0 +1,84 @@
+"""A plan as text and as JSON: the matrix of steps and the list of passes."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from longvid.passes import Cover, Pass, Slice
+from longvid.plan import Plan
+
+
+def matrix_rows(plan: Plan) -> list[list[int]]:
+    """Steps each block has taken before each tick, and after the last one, as the passes make them."""
+    steps = [plan.method.num_steps] * plan.num_ready + [0] * (len(plan.block_sizes) - plan.num_ready)
+    rows, tick = [list(steps)], 0
+    for p in plan.passes:
+        while tick < p.tick:
+            rows.append(list(steps))
+            tick += 1
+        for block in p.updates:
+            steps[block] += 1
+    return [*rows, list(steps)]
+
+
+def plan_text(plan: Plan) -> Iterator[str]:
+    """Lines of text for people."""
+    method = plan.method
+    yield f"method {method.name}: {method.kind}, {method.num_steps} steps, lag {method.lag}, {method.num_lanes} lanes"
+    yield f"{plan.num_frames} frames = {plan.num_latents} latents in blocks of {_runs(plan.block_sizes)}"
+    if plan.num_ready:
+        yield f"{plan.num_ready} blocks are clean from the start"
+    yield "timesteps " + " ".join(f"{t:g}" for t in plan.schedule.timesteps)
+    rows = matrix_rows(plan)
+    yield f"matrix: {len(rows)} rows (one per tick, and the end) x {len(plan.block_sizes)} blocks, steps taken"
+    width = len(str(method.num_steps))
+    yield from (f"{tick:5d} | " + " ".join(f"{step:{width}d}" for step in row) for tick, row in enumerate(rows))
+    yield f"passes: {len(plan.passes)}  (block@step[latents], < context before, > context after)"
+    yield from map(pass_text, plan.passes)
+
+
+def pass_text(p: Pass) -> str:
+    """One line for a pass."""
+    parts = [f"tick {p.tick} lane {p.lane}:", " ".join(_piece(cover) for cover in p.covers)]
+    for mark, pieces in (("<", p.before), (">", p.after), ("writes", p.writes)):
+        if pieces:
+            parts.append(f"{mark} " + " ".join(_piece(piece) for piece in pieces))
+    if p.updates:
+        parts.append("updates " + " ".join(map(str, p.updates)))
+    if p.emits:
+        parts.append("emits " + " ".join(map(str, p.emits)))
+    return "  ".join(parts)
+
+
+def plan_json(plan: Plan) -> dict:
+    """All of it as JSON holds it."""
+    return {
+        "method": asdict(plan.method),
+        "num_frames": plan.num_frames,
+        "num_latents": plan.num_latents,
+        "block_sizes": plan.block_sizes,
+        "num_ready": plan.num_ready,
+        "levels": plan.schedule.levels,
+        "timesteps": plan.schedule.timesteps,
+        "matrix": matrix_rows(plan),
+        "passes": [_pass_json(p) for p in plan.passes],
+    }
+
+
+def _pass_json(p: Pass) -> dict:
+    nested = {name: [piece._asdict() for piece in getattr(p, name)] for name in ("covers", "before", "after", "writes")}
+    return {**p._asdict(), **nested}
+
+
+def _piece(piece: Cover | Slice) -> str:
+    return f"{piece.block}@{piece.step}[{piece.start}:{piece.stop}]"
+
+
+def _runs(sizes: tuple[int, ...]) -> str:
+    """Equal neighbours as `80 x 3`."""
+    runs: list[list[int]] = []
+    for size in sizes:
+        if runs and runs[-1][1] == size:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, size])
+    return ", ".join(f"{count} x {size}" if count > 1 else str(size) for count, size in runs)

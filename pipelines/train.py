@@ -1,0 +1,130 @@
+"""Train the embedded model part by part: `vae`, `text`, `latents`, `dit`, then `pack` into a model folder.
+
+Each part keeps its checkpoint and log in a folder of its own under the training folder, and can be resumed.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from longvid.checkpoints.diffusers_folder import save_folder, scheduler_config
+from longvid.models.dit import DiT
+from longvid.models.text import TextEncoder
+from longvid.models.vae import VAE, VAEConfig
+from pipelines.film_latents import FilmLatents, make_latents
+from pipelines.optimise import LoopConfig
+from pipelines.train_dit import TINY_DIT, DiTTraining, train_dit
+from pipelines.train_text import TextTraining, train_text
+from pipelines.train_vae import VAETraining, train_vae
+
+RECIPE = {
+    "vae": {"steps": 2800, "batch_size": 8, "learning_rate": 5e-3},
+    "text": {"steps": 1300, "batch_size": 64, "learning_rate": 4e-3},
+    "dit": {"steps": 5000, "batch_size": 16, "learning_rate": 4e-3},
+}
+"""What the embedded model was trained with."""
+
+NUM_FILMS = 4000
+
+TINY_DEFAULTS = {
+    "name": "tiny", "method": "rolling", "height": 128, "width": 128, "fps": 16, "num_frames": 961,
+    "prompt": "a red ball bounces on a navy background",
+}  # fmt: skip
+"""What `longvid.json` of the embedded model says."""
+
+
+def train(
+    part: str,
+    out: Path,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    model: Path | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+) -> Iterator[dict]:
+    """Run one part, yielding its log records.
+
+    Raises ValueError if a part that it needs has not been trained, or a checkpoint is of another configuration.
+    """
+    if part == "latents":
+        for count in make_latents(out / "latents", load_vae(out), seed, steps or NUM_FILMS):
+            yield {"films": count}
+        return
+    if part == "pack":
+        yield pack(out, model)
+        return
+    recipe = RECIPE[part]
+    loop = LoopConfig(
+        out=out / part,
+        num_steps=steps or recipe["steps"],
+        batch_size=batch_size or recipe["batch_size"],
+        learning_rate=learning_rate or recipe["learning_rate"],
+        seed=seed,
+    )
+    check_new(loop.out, resume)
+    if part == "vae":
+        records = train_vae(VAETraining(loop=loop), resume=resume)
+    elif part == "text":
+        records = train_text(TextTraining(loop=loop), resume=resume)
+    else:
+        films, text = FilmLatents(out / "latents", seed), load_text(out)
+        records = train_dit(DiTTraining(loop=loop), films, text, resume=resume)
+    for record in records:
+        if part in record:
+            _save_part(part, record[part], loop.out)
+        else:
+            yield record
+
+
+def check_new(folder: Path, resume: bool) -> None:
+    """Raise ValueError rather than train over a checkpoint that is there."""
+    if (folder / "state.pt").exists() and not resume:
+        raise ValueError(f"{folder / 'state.pt'} is there already; add --resume to go on, or give another --out")
+
+
+def _save_part(part: str, model: VAE | TextEncoder | DiT, folder: Path) -> None:
+    if part == "text":
+        model.save(folder)
+    else:
+        torch.save({"config": model.config.to_dict(), "weights": model.state_dict()}, folder / "model.pt")
+
+
+def load_vae(out: Path) -> VAE:
+    """The trained VAE of a training folder."""
+    saved = _load(out / "vae" / "model.pt", "vae")
+    vae = VAE(VAEConfig.from_dict(saved["config"]))
+    vae.load_state_dict(saved["weights"])
+    return vae.eval()
+
+
+def load_text(out: Path) -> TextEncoder:
+    """The trained text encoder of a training folder."""
+    if not (out / "text" / "text_encoder").is_dir():
+        raise ValueError(f"{out / 'text'} holds no trained text encoder; run: longvid train text --out {out}")
+    return TextEncoder.load(out / "text", torch.float32)
+
+
+def load_dit(out: Path) -> DiT:
+    """The trained DiT of a training folder."""
+    dit = DiT(TINY_DIT)
+    dit.load_state_dict(_load(out / "dit" / "model.pt", "dit")["weights"])
+    return dit.eval()
+
+
+def _load(path: Path, part: str) -> dict:
+    if not path.exists():
+        raise ValueError(f"{path} is missing; run first: longvid train {part} --out {path.parent.parent}")
+    return torch.load(path, weights_only=True)
+
+
+def pack(out: Path, model: Path | None) -> dict:
+    """Write the model folder, in bfloat16."""
+    if model is None:
+        raise ValueError("pack needs the folder to write; such as --model tiny")
+    dit, vae, text = load_dit(out).bfloat16(), load_vae(out).bfloat16(), load_text(out)
+    text.encoder.bfloat16()
+    save_folder(model, dit=dit, vae=vae, text=text, scheduler=scheduler_config(3.0), longvid=TINY_DEFAULTS)
+    return {"model": str(model), "bytes": sum(f.stat().st_size for f in model.rglob("*") if f.is_file())}
