@@ -57,8 +57,9 @@ class Method:
     condition_level: float = 0.0
 
     def __post_init__(self):
-        for name, low in [("block_size", 1), ("first_block_size", 1), ("num_steps", 1), ("lag", 0), ("sink", 0),
-                          ("history", 0), ("left", 0), ("right", 0), ("max_keys", 0), ("window", 0), ("overlap", 0)]:  # fmt: skip
+        least = {"block_size": 1, "first_block_size": 1, "num_steps": 1}
+        for name in (*least, "lag", "sink", "history", "left", "right", "max_keys", "window", "overlap"):
+            low = least.get(name, 0)
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {low}; try {max(low, 1)}")
@@ -85,5 +86,10 @@ class Method:
 
     def schedule(self) -> Schedule:
         """Levels and timesteps of the steps."""
-        rules = {LevelRule.WAN: wan_schedule, LevelRule.SKYREELS: skyreels_schedule, LevelRule.UNIFORM: uniform_schedule}
-        return rules[self.level_rule](self.num_steps, self.flow_shift)
+        match self.level_rule:
+            case LevelRule.WAN:
+                return wan_schedule(self.num_steps, self.flow_shift)
+            case LevelRule.SKYREELS:
+                return skyreels_schedule(self.num_steps, self.flow_shift)
+            case LevelRule.UNIFORM:
+                return uniform_schedule(self.num_steps, self.flow_shift)

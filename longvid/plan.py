@@ -83,9 +83,7 @@ def make_plan(method: Method, num_latents: int, ready: Sequence[int] = ()) -> Pl
     first, tick = len(ready), 0
     for window_blocks in window_sizes:
         stop = first + len(window_blocks)
-        window = Window(
-            method=method, schedule=schedule, sizes=sizes, first=first, stop=stop, num_ready=len(ready)
-        )
+        window = Window(method=method, schedule=schedule, sizes=sizes, first=first, stop=stop, num_ready=len(ready))
         if first == len(ready):
             passes.extend(ready_passes(window))
         for row in range(window.num_ticks):

@@ -69,7 +69,7 @@ def _add_output_flags(command: argparse.ArgumentParser) -> None:
     output.add_argument("--metrics", metavar="F", help="time, memory and hashes, JSON")
     output.add_argument("--contact-sheet", metavar="F", help="a grid of frames with their times, PNG")
     output.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    output.add_argument("--dry-run", action="store_true", help="check everything, print the configuration, make nothing")
+    output.add_argument("--dry-run", action="store_true", help="check, print the configuration, make nothing")
     output.add_argument("--quiet", action="store_true", help="no progress, no configuration")
     output.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
 
@@ -123,7 +123,8 @@ def _say(line: str, code: int) -> int:
 def _request(options: argparse.Namespace) -> dict:
     """What the user gave of a video, without what was left out."""
     names = ("model", "prompt", "negative_prompt", "image", "seconds", "num_frames", "fps", "height", "width",
-             "method", "num_steps", "guidance_scale", "flow_shift", "block_size", "lag", "seed", "device", "dtype")  # fmt: skip
+             "method", "num_steps", "guidance_scale", "flow_shift", "block_size", "lag", "seed", "device",
+             "dtype")  # fmt: skip
     given = {name: getattr(options, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -192,8 +193,9 @@ def _dry(options: argparse.Namespace, run, plan, notes: dict) -> bool:
     if options.dry_run:
         print(json.dumps(described, indent=2, default=str))
     elif not options.quiet:
-        shown = {**described, **described.pop("method")}
-        print("  ".join(f"{key}={value}" for key, value in shown.items()), file=sys.stderr)
+        method = described.pop("method")
+        for words in (described, method):
+            print("  ".join(f"{key}={value}" for key, value in words.items()), file=sys.stderr)
     return options.dry_run
 
 

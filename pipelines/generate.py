@@ -63,7 +63,7 @@ def encode_prompts(folder: Folder, run: Run, dtype: torch.dtype) -> list[torch.T
         if surplus := encoder.surplus(prompt):
             limit = encoder.max_length
             raise ValueError(
-                f"the {name} has {limit + surplus} tokens, {surplus} more than the text encoder's {limit} would be cut; "
+                f"the {name} has {limit + surplus} tokens, {surplus} more than the text encoder's {limit}; "
                 f"shorten it to about {max(1, len(prompt) * (limit - 1) // (limit + surplus))} characters"
             )
     return [encoder(prompt) for prompt in prompts]
@@ -122,5 +122,3 @@ def encode_frames(vae: VAE, frames: np.ndarray) -> Latents:
     device = next(vae.parameters()).device
     video: Video = rearrange(torch.from_numpy(frames.copy()), "t H W c -> 1 c t H W").to(device).float() / 127.5 - 1
     return vae.encode(video)[0]
-
-

@@ -107,7 +107,7 @@ def optimise(
     for step in range(first, config.num_steps):
         losses = loss_at(step)
         if not torch.isfinite(losses["loss"]):
-            raise FloatingPointError(f"the loss of step {step} is not finite; the last checkpoint in {config.out} stays")
+            raise FloatingPointError(f"the loss of step {step} is not finite; {config.out} keeps the last checkpoint")
         model.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

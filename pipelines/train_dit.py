@@ -81,9 +81,7 @@ def dit_loss(dit: DiT, clean: Tensor, text: Tensor, layout: Layout, noise: Tenso
     return {"loss": (error * weight).sum() / weight.sum().clamp(min=1)}
 
 
-def train_dit(
-    config: DiTTraining, films: FilmLatents, text: TextEncoder, *, resume: bool = False
-) -> Iterator[dict]:
+def train_dit(config: DiTTraining, films: FilmLatents, text: TextEncoder, *, resume: bool = False) -> Iterator[dict]:
     """Train, yielding log records; the last one holds the model as `dit`."""
     torch.manual_seed(config.loop.seed)
     dit = DiT(TINY_DIT)

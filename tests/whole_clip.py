@@ -9,6 +9,7 @@ reader, so nothing is shared, and nothing is remembered but the latents of each 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+import pytest
 import torch
 
 from longvid.flow import add_noise, guide, solver_step
@@ -99,7 +100,9 @@ class Copies:
         lane = self.passes[index].lane
         for i in range(index - 1, -1, -1):
             p, offset = self.passes[i], 0
-            if p.lane == lane and any(w[:2] == piece[:2] and w.start <= piece.start < piece.stop <= w.stop for w in p.writes):
+            if p.lane == lane and any(
+                w[:2] == piece[:2] and w.start <= piece.start < piece.stop <= w.stop for w in p.writes
+            ):
                 for cover in p.covers:
                     if cover.block == piece.block:
                         return i, offset + piece.start - cover.start
@@ -131,11 +134,14 @@ def rotation_at(places: list[int]) -> Callable[..., Rotation]:
 
 
 @torch.no_grad()
-def roll_without_features(plan: Plan, dit: DiT, noise: NoiseOf, text: Callable, ready: Sequence[Latents], monkeypatch):
-    """The slow twin of `sample`: the latents of each block at each step, and how many copies the largest pass took."""
+def roll_without_features(
+    plan: Plan, dit: DiT, noise: NoiseOf, text: Callable[[Pass], dict], ready: Sequence[Latents] = ()
+) -> tuple[dict[int, Latents], int]:
+    """The slow twin of `sample`: the blocks it makes, and how many copies its largest pass took."""
     method, largest = plan.method, 0
-    kept = {(block, method.num_steps): x for block, x in enumerate(ready)}
-    kept.update({(block, 0): noise(block, None) for block in range(plan.num_ready, len(plan.block_sizes))})
+    made = range(plan.num_ready, len(plan.block_sizes))
+    kept = {(block, 0): noise(block, None) for block in made}
+    kept.update({(block, method.num_steps): x for block, x in enumerate(ready)})
     states, lanes = {}, {}
 
     def covered(p: Pass) -> Latents:
@@ -148,24 +154,29 @@ def roll_without_features(plan: Plan, dit: DiT, noise: NoiseOf, text: Callable, 
         return torch.cat(pieces, 2)
 
     for index, p in enumerate(plan.passes):
-        if not any(cover.block in plan.passes[index].updates for cover in p.covers) and p.lane == method.num_lanes - 1:
-            continue  # only its features would matter, and nobody keeps any
+        if all(cover.step == method.num_steps for cover in p.covers):
+            continue  # only its features would matter
         copies = Copies(plan, index)
         largest = max(largest, len(copies.indices))
         x = torch.cat([covered(plan.passes[i]) for i in copies.indices], 2)
         told = [c.timestep for i in copies.indices for c in plan.passes[i].covers for _ in range(c.start, c.stop)]
-        monkeypatch.setattr(dit_module, "rotation", rotation_at(copies.places))
-        velocity, _ = dit(x, torch.tensor([told]), text(p), fps=FPS, mask=copies.mask(HEIGHT * WIDTH // 4))
-        monkeypatch.undo()
-        lanes[p.lane], offset = velocity, 0
-        for cover in p.covers:
-            size = cover.stop - cover.start
-            if cover.block in p.updates:
-                v = [lanes[lane][:, :, offset : offset + size] for lane in range(method.num_lanes)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dit_module, "rotation", rotation_at(copies.places))
+            mask = copies.mask(HEIGHT * WIDTH // 4)
+            lanes[p.lane] = dit(x, torch.tensor([told]), text(p), fps=FPS, mask=mask)[0]
+        offset = 0
+        for block, step, start, stop, *_ in p.covers:
+            if block in p.updates:
+                v = [velocity[:, :, offset : offset + stop - start] for velocity in lanes.values()]
                 v = guide(v[1], v[0], method.guidance_scale) if len(v) > 1 else v[0]
-                kept[cover.block, cover.step + 1], states[cover.block] = solver_step(
-                    method.solver, kept[cover.block, cover.step], v, states.get(cover.block), plan.schedule.levels,
-                    cover.step, noise(cover.block, cover.step),
-                )  # fmt: skip
-            offset += size
-    return kept, largest
+                kept[block, step + 1], states[block] = solver_step(
+                    method.solver,
+                    kept[block, step],
+                    v,
+                    states.get(block),
+                    plan.schedule.levels,
+                    step,
+                    noise(block, step),
+                )
+            offset += stop - start
+    return {block: kept[block, method.num_steps] for block in made}, largest

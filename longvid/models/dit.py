@@ -72,13 +72,13 @@ class DiTConfig:
         ignored = {"num_frame_per_block", "pos_embed_seq_len"}
         for key in ("image_dim", "added_kv_proj_dim"):
             if config.pop(key, None) is not None:
-                raise ValueError(f"{key} is set: checkpoints with CLIP image conditions are not supported; use a T2V one")
+                raise ValueError(f"{key} is set: CLIP image conditions are not supported; use a T2V checkpoint")
         known = {f.name for f in fields(cls)}
         for key, value in config.items():
             if key in known:
                 values[key] = tuple(value) if key == "patch_size" else value
             elif not key.startswith("_") and key not in ignored:
-                raise ValueError(f"transformer config has the unknown key {key!r}; known are {', '.join(sorted(known))}")
+                raise ValueError(f"the DiT config has the unknown key {key!r}; it may hold {', '.join(sorted(known))}")
         values["out_channels"] = values.get("out_channels") or values["in_channels"]
         return cls(**values)
 

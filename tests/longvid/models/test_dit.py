@@ -52,7 +52,7 @@ def test_diffusion_forcing_is_the_reference(fps):
     latents, text = inputs(height=8, width=4)
     timesteps = torch.tensor([[0, 100, 487, 731, 999]])
     kwargs = {} if fps is None else {"fps": [0 if fps == 16 else 1]}
-    expected = reference(latents, timesteps.flatten()[None], text, enable_diffusion_forcing=True, return_dict=False, **kwargs)[0]
+    expected = reference(latents, timesteps, text, enable_diffusion_forcing=True, return_dict=False, **kwargs)[0]
     velocity, _ = ours(latents, timesteps.float(), ours.text_features(text), fps=fps or 24)
     assert (velocity - expected).abs().max() <= TOLERANCE
 
