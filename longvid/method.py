@@ -29,8 +29,9 @@ class Method:
 
     `sink`, `history`, `left` and `right` bound the context: the video's first latents, clean latents directly before,
     latents of cleaner neighbours still in the queue, latents of the noisier neighbour. `max_keys` bounds what one
-    attention sees in all (0: no bound). `window` > 0 cuts the video into windows that each run a matrix of their own
-    and share `overlap` clean latents with the one before; `condition_level` is the noise put on them.
+    attention sees in all (0: no bound): the context shrinks until it fits beside the pass. `window` > 0 cuts the video
+    into windows that each run a matrix of their own and share `overlap` clean latents with the one before;
+    `condition_level` is the noise put on them.
     """
 
     name: str
@@ -57,27 +58,42 @@ class Method:
     condition_level: float = 0.0
 
     def __post_init__(self):
-        least = {"block_size": 1, "first_block_size": 1, "num_steps": 1}
-        for name in (*least, "lag", "sink", "history", "left", "right", "max_keys", "window", "overlap"):
-            low = least.get(name, 0)
+        self._check_numbers()
+        self._check_fit()
+        self.schedule()
+
+    def _check_numbers(self) -> None:
+        for name, names in (("kind", Kind), ("solver", Solver), ("level_rule", LevelRule), ("noise", Noise)):
+            value = getattr(self, name)
+            if not isinstance(value, names):
+                raise ValueError(f"{name}={value!r} must be a {names.__name__}: {', '.join(names)}")
+        for name, low in [("block_size", 1), ("first_block_size", 1), ("num_steps", 1), ("lag", 0), ("sink", 0),
+                          ("history", 0), ("left", 0), ("right", 0), ("max_keys", 0), ("window", 0), ("overlap", 0)]:  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {low}; try {max(low, 1)}")
-        if self.lag > self.num_steps:
-            raise ValueError(f"lag={self.lag} must be at most num_steps={self.num_steps}; try {self.num_steps}")
         for name in ("guidance_scale", "context_level", "condition_level"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number; try 1.0")
         for name in ("context_level", "condition_level"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1; try 0.02")
+
+    def _check_fit(self) -> None:
+        """Raise ValueError where two numbers, each good by itself, do not go together."""
+        if self.lag > self.num_steps:
+            raise ValueError(f"lag={self.lag} must be at most num_steps={self.num_steps}; try {self.num_steps}")
+        if self.window and self.kind is not Kind.JOINT:
+            raise ValueError(f"window={self.window} is for joint passes, these are {self.kind}; try 0")
         if self.window and self.overlap >= self.window:
             raise ValueError(f"overlap={self.overlap} must be below window={self.window}; try {self.window // 5}")
+        if self.max_keys and self.block_size >= self.max_keys:
+            raise ValueError(f"block_size={self.block_size} leaves no context within max_keys={self.max_keys}; "
+                             f"try block_size {max(1, self.max_keys // 7)}")  # fmt: skip
         if self.kind is Kind.TWO_SIDED and max(self.left, self.right) > self.block_size:
             context = max(self.left, self.right)
             raise ValueError(f"left and right context ({context} latents) must fit block_size={self.block_size}; "
                              f"try block_size {context}")  # fmt: skip
-        self.schedule()
 
     @property
     def num_lanes(self) -> int:

@@ -18,7 +18,7 @@ from longvid import worlds
 from longvid.models.vae import VAE
 
 SINK = 3
-RUN = 24
+RUN = 18
 WARM_UP = 2
 FURTHEST = 240
 

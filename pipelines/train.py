@@ -19,13 +19,13 @@ from pipelines.train_text import TextTraining, train_text
 from pipelines.train_vae import VAETraining, train_vae
 
 RECIPE = {
-    "vae": {"steps": 2800, "batch_size": 8, "learning_rate": 5e-3},
-    "text": {"steps": 1300, "batch_size": 64, "learning_rate": 4e-3},
+    "vae": {"steps": 3200, "batch_size": 8, "learning_rate": 5e-3},
+    "text": {"steps": 2000, "batch_size": 64, "learning_rate": 4e-3},
     "dit": {"steps": 5000, "batch_size": 16, "learning_rate": 4e-3},
 }
 """What the embedded model was trained with."""
 
-NUM_FILMS = 4000
+NUM_FILMS = 3000
 
 TINY_DEFAULTS = {
     "name": "tiny", "method": "rolling", "height": 128, "width": 128, "fps": 16, "num_frames": 961,

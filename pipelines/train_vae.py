@@ -22,10 +22,15 @@ TINY_VAE = dict(
 
 @dataclass(frozen=True, kw_only=True)
 class VAETraining:
-    """Films are cut to `crop` pixels square and `num_frames` frames."""
+    """Films are cut to `crop` pixels square and, for the first `short_steps`, to 9 frames; then to 41, a quarter as many.
+
+    Pixels are learned soonest on many short clips. But a causal VAE that has only seen short ones always sees the
+    padding before the first frame, and drifts once that is out of its sight (measured: 26.6 dB on 9 frames, 15 dB at
+    the end of 33).
+    """
 
     loop: LoopConfig
-    num_frames: int = 9
+    short_steps: int = 2250
     crop: int = 64
     kl_weight: float = 1e-5
 
@@ -62,7 +67,9 @@ def train_vae(config: VAETraining, *, resume: bool = False) -> Iterator[dict]:
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((config.loop.seed, step))
-        video = film_crops(rng, config.loop.batch_size, config.num_frames, config.crop)
+        is_short = step < config.short_steps
+        count, frames = (config.loop.batch_size, 9) if is_short else (max(1, config.loop.batch_size // 4), 41)
+        video = film_crops(rng, count, frames, config.crop)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         return vae_loss(vae, video, config, generator)
 
@@ -83,7 +90,7 @@ def _initialise(vae: VAE) -> None:
 @torch.no_grad()
 def with_statistics(vae: VAE, rng: np.random.Generator, num_films: int = 64) -> VAE:
     """The same VAE with `latents_mean` and `latents_std` measured per channel on whole films."""
-    means = [vae.moments(film_crops(rng, 1, 17, 128))[0] for _ in range(num_films)]
+    means = [vae.moments(film_crops(rng, 1, 41, 128))[0] for _ in range(num_films)]
     z = torch.cat(means).transpose(0, 1).flatten(1)
     config = replace(vae.config, latents_mean=tuple(z.mean(1).tolist()), latents_std=tuple(z.std(1).tolist()))
     measured = VAE(config)

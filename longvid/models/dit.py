@@ -92,6 +92,14 @@ class DiTConfig:
         return config
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS norm whose weight follows its input's dtype, so that autocast finds the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Projections and the RMS norm of queries and keys over the full width."""
 
@@ -102,8 +110,8 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q = nn.RMSNorm(dim, eps)
-        self.norm_k = nn.RMSNorm(dim, eps)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
 
     def query(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., n, head dimension)."""

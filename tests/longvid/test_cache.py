@@ -63,16 +63,15 @@ def largest_difference(method: Method, num_latents: int, ready: tuple[int, ...] 
     (replace(CAUSAL, lag=3), 7, (), 8),
     (replace(CAUSAL, lag=2, retire=False, solver=Solver.EULER), 7, (1,), 8),
     (replace(CAUSAL, lag=0, guidance_scale=1.0), 8, (), 8),
-    (replace(CAUSAL, context_level=0.1, guidance_scale=1.0), 9, (1, 2), 8),
+    (replace(CAUSAL, context_level=0.1, guidance_scale=1.0), 9, (1, 2), 16),
     (TWO_SIDED, 8, (), 3),
     (replace(TWO_SIDED, left=1, right=2, guidance_scale=2.0), 7, (1,), 3),
-    (JOINT, 9, (), 2),
+    (JOINT, 9, (), 14),
 ])  # fmt: skip
 def test_a_run_with_cache_is_the_run_that_recomputes_everything(method, num_latents, ready, copies):
     difference, largest = largest_difference(method, num_latents, ready)
-    print(method.name, method.lag, difference, largest)
     assert difference <= 1e-4
-    assert largest >= copies
+    assert largest == copies
 
 
 # A value --------------------------------------------------------------------------------------------------------------
@@ -168,19 +167,18 @@ def walk(plan: Plan) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("method", [
-    rolling(num_steps=4), rolling(num_steps=4, lag=3), rolling(num_steps=4, lag=4, guidance_scale=1.0),
-    dualparal(num_steps=5), rolling_forcing(), self_forcing(),
-    replace(CAUSAL, left=3, history=5, sink=3, retire=False),
-], ids=lambda method: f"{method.name}-{method.lag}")  # fmt: skip
-def test_a_longer_video_takes_no_more_memory(method):
+@pytest.mark.parametrize("method, latents", [
+    (rolling(num_steps=4), 3 + 9 + 3 * 3),  # sink, history of the head, and all of the queue but its tail
+    (rolling(num_steps=4, lag=3), 3 + 9 + 3),
+    (rolling(num_steps=4, lag=4, guidance_scale=1.0), 3 + 9),
+    (dualparal(num_steps=5), 4 * 8),  # the first latents of all of the queue but its head
+    (rolling_forcing(), 3 + 18),
+    (self_forcing(), 18),
+    (replace(CAUSAL, left=3, history=5, sink=3, retire=False), 4 + 6 + 2),  # whole blocks, though read in part
+], ids=lambda value: f"{value.name}-{value.lag}" if isinstance(value, Method) else str(value))  # fmt: skip
+def test_a_longer_video_takes_no_more_memory(method, latents):
     first, size = method.first_block_size, method.block_size
     short, long = (walk(make_plan(method, first + size * (blocks - 1))) for blocks in (60, 120))
-    assert max(short) == max(long)
-    middle = len(short) // 2
-    assert short[:middle] == long[:middle]
-    assert short[-middle // 2 :] == long[-middle // 2 :]
-    # sink and context as they are read, a block around each end of the run of neighbours, all in each lane
-    reach = max(method.history, method.left, method.num_steps * size // max(method.lag, 1), method.right)
-    assert max(long) <= method.num_lanes * (method.sink + reach + 4 * size + first) * BYTES_PER_LATENT
-    print(method.name, max(long) / BYTES_PER_LATENT / method.num_lanes, reach)
+    assert max(short) == max(long) == method.num_lanes * latents * BYTES_PER_LATENT
+    half = len(short) // 2
+    assert short[:half] == long[:half] and short[-half:] == long[-half:]

@@ -1,0 +1,113 @@
+"""Print the speed and memory figures of the README: python scripts/measure.py [minute | memory | vae | dit].
+
+Each is measured on this machine, now: whole commands in processes of their own, comparisons interleaved, medians.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPEATS = 5
+
+
+def command(folder: Path, seconds: float, name: str, *more: str) -> dict:
+    """Run `longvid generate` in a new process: its metrics, with the whole process's wall seconds and peak MiB."""
+    metrics = folder / f"{name}-metrics.json"
+    words = ["generate", "--seconds", str(seconds), "--seed", "0", "--output", str(folder / f"{name}.mp4"), *more]
+    start = time.perf_counter()
+    child = [sys.executable, "-m", "pipelines.cli", *words, "--metrics", str(metrics), "--quiet", "--overwrite"]
+    subprocess.run(child, check=True, stdout=subprocess.DEVNULL)
+    return {**json.loads(metrics.read_text()), "process_s": time.perf_counter() - start}
+
+
+def minute(folder: Path) -> None:
+    """A minute of video with the default method, everything included."""
+    found = command(folder, 60, "minute")
+    print(f"60 s of video: {found['process_s']:.1f} s for the whole command, {found['wall_s']:.1f} s of work, "
+          f"first frames in the file {found['first_frame_s']:.2f} s after work began, {found['fps']:.1f} frames/s")  # fmt: skip
+    print(f"latent_sha256 {found['latent_sha256']}")
+
+
+def memory(folder: Path) -> None:
+    """Peak memory of a long video against a short one."""
+    short = command(folder, 10, "short")["peak_memory_mb"][0]
+    long = command(folder, 120, "long")["peak_memory_mb"][0]
+    print(f"peak memory: 10 s of video {short:.0f} MiB, 120 s {long:.0f} MiB, {100 * (long / short - 1):+.1f} %")
+
+
+def ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float]:
+    """Median seconds of two calls, interleaved."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(REPEATS + 1):
+        for call, seconds in zip((ours, theirs), times, strict=True):
+            start = time.perf_counter()
+            call()
+            if repeat:
+                seconds.append(time.perf_counter() - start)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def vae(folder: Path) -> None:
+    """Decoding with the embedded VAE against diffusers' of the same weights."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    from longvid.checkpoints.diffusers_folder import load_vae, open_folder
+    from pipelines.configure import EMBEDDED
+
+    ours = load_vae(open_folder(EMBEDDED), torch.float32).eval()
+    theirs = AutoencoderKLWan.from_pretrained(EMBEDDED / "vae", torch_dtype=torch.float32).eval()
+    z = torch.randn(1, ours.config.z_dim, 13, 8, 8, generator=torch.Generator().manual_seed(0))
+    shape = [1, -1, 1, 1, 1]
+    raw = z * torch.tensor(ours.config.latents_std).view(shape) + torch.tensor(ours.config.latents_mean).view(shape)
+    with torch.no_grad():
+        difference = (ours.decode(z)[0] - theirs.decode(raw).sample).abs().max()
+        a, b = ratio(lambda: ours.decode(z), lambda: theirs.decode(raw))
+    print(f"VAE decode, 49 frames 128x128, {torch.get_num_threads()} threads: ours {49 / a:.0f} frames/s, diffusers "
+          f"{49 / b:.1f}, ratio {b / a:.1f}, largest difference {difference:.1e}")  # fmt: skip
+
+
+def dit(folder: Path) -> None:
+    """One forward of the embedded DiT against diffusers' of the same weights, 13 latents."""
+    import torch
+    from diffusers import SkyReelsV2Transformer3DModel
+
+    from longvid.checkpoints.diffusers_folder import load_dit, open_folder
+    from pipelines.configure import EMBEDDED
+
+    ours = load_dit(open_folder(EMBEDDED), torch.float32).eval()
+    theirs = SkyReelsV2Transformer3DModel.from_pretrained(EMBEDDED / "transformer", torch_dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, ours.config.in_channels, 13, 8, 8, generator=generator)
+    text = torch.randn(1, 160, ours.config.text_dim, generator=generator)
+    t = torch.arange(13)[None] * 70
+    with torch.no_grad():
+        words = ours.text_features(text)
+        def reference():
+            return theirs(x, t, text, enable_diffusion_forcing=True, return_dict=False)[0]
+        difference = (ours(x, t.float(), words)[0] - reference()).abs().max()
+        a, b = ratio(lambda: ours(x, t.float(), words), reference)
+    print(f"DiT forward, 13 latents 8x8: ours {1e3 * a:.1f} ms, diffusers {1e3 * b:.1f} ms, ratio {a / b:.2f}, "
+          f"largest difference {difference:.1e}")  # fmt: skip
+
+
+FIGURES = {"minute": minute, "memory": memory, "vae": vae, "dit": dit}
+
+
+def main() -> None:
+    """Print the figures that were named, or all."""
+    names = sys.argv[1:] or list(FIGURES)
+    if unknown := [name for name in names if name not in FIGURES]:
+        sys.exit(f"no figure {unknown[0]!r}; there are {', '.join(FIGURES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            FIGURES[name](Path(folder))
+
+
+if __name__ == "__main__":
+    main()
