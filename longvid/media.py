@@ -341,9 +341,8 @@ def _start_times(reader, fps: float) -> np.ndarray:
 def _next_frame(reader, path: Path) -> np.ndarray:
     with _decoding(path):
         frame = reader.next().asnumpy()
-    if frame.shape[-1] != 3:  # decord hands out padded rows for some rotated videos
-        raise ValueError(f"{path} is rotated in a way decord cannot read; {_convert(path)}")
-    return frame
+    height, width, _ = frame.shape  # decord leaves the padding of a row in where it is a multiple of the width
+    return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
 def _nearest_indices(starts: np.ndarray, info: VideoInfo, fps: float) -> np.ndarray:

@@ -67,8 +67,9 @@ class Method:
             value = getattr(self, name)
             if not isinstance(value, names):
                 raise ValueError(f"{name}={value!r} must be a {names.__name__}: {', '.join(names)}")
-        for name, low in [("block_size", 1), ("first_block_size", 1), ("num_steps", 1), ("lag", 0), ("sink", 0),
-                          ("history", 0), ("left", 0), ("right", 0), ("max_keys", 0), ("window", 0), ("overlap", 0)]:  # fmt: skip
+        least = {"block_size": 1, "first_block_size": 1, "num_steps": 1}
+        for name in (*least, "lag", "sink", "history", "left", "right", "max_keys", "window", "overlap"):
+            low = least.get(name, 0)
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {low}; try {max(low, 1)}")

@@ -45,11 +45,12 @@ def skyreels_sync(*, num_steps: int = 30, guidance_scale: float = 6.0, flow_shif
     """SkyReels-V2 diffusion forcing with `ar_step = 0`: windows of 97 frames, all latents of one at the same level.
 
     Windows share 17 frames (5 latents), which carry noise of level 0.02 (`addnoise_condition = 20`) afresh in each
-    step. Bidirectional, as the released weights need; levels are the release's, which diffusers' differ a little from.
+    step. Bidirectional, as the released weights need; levels are those of diffusers (the release's are
+    `LevelRule.SKYREELS`, up to 5 thousandths lower near the end).
     """
     return Method(
         name="skyreels-sync", kind=Kind.JOINT, block_size=25, first_block_size=25, num_steps=num_steps, lag=0,
-        solver=Solver.UNIPC, level_rule=LevelRule.SKYREELS, flow_shift=flow_shift, guidance_scale=guidance_scale,
+        solver=Solver.UNIPC, level_rule=LevelRule.WAN, flow_shift=flow_shift, guidance_scale=guidance_scale,
         window=25, overlap=5, condition_level=0.02,
     )  # fmt: skip
 
@@ -65,7 +66,7 @@ def skyreels_async(
     size = min(block_size, 4) if has_image else block_size
     return Method(
         name="skyreels-async", kind=Kind.JOINT, block_size=size, first_block_size=size, num_steps=num_steps,
-        lag=min(lag, num_steps), solver=Solver.UNIPC, level_rule=LevelRule.SKYREELS, flow_shift=flow_shift,
+        lag=min(lag, num_steps), solver=Solver.UNIPC, level_rule=LevelRule.WAN, flow_shift=flow_shift,
         guidance_scale=guidance_scale, window=25, overlap=5, condition_level=0.02,
     )  # fmt: skip
 

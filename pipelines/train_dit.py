@@ -92,10 +92,9 @@ def train_dit(config: DiTTraining, films: FilmLatents, text: TextEncoder, *, res
         rng = np.random.default_rng((config.loop.seed, step))
         clean, captions = films.sample(rng, config.loop.batch_size, config.run)
         captions = ["" if rng.uniform() < config.drop_text else caption for caption in captions]
-        states = torch.cat([text(caption) for caption in captions])
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         noise = torch.randn(clean.shape, generator=generator)
-        return dit_loss(dit, clean, states, draw_layout(rng, config, tokens_per_latent), noise)
+        return dit_loss(dit, clean, text(*captions), draw_layout(rng, config, tokens_per_latent), noise)
 
     yield from optimise(dit, loss_at, config.loop, resume=resume)
     yield {"dit": dit}

@@ -63,13 +63,17 @@ class TextEncoder:
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
     @torch.no_grad()
-    def __call__(self, prompt: str) -> Text:
-        """Text states (1, max_length, dim), float32, zero past the prompt's end mark. A longer prompt is cut.
+    def __call__(self, *prompts: str) -> Text:
+        """Text states (prompts, max_length, dim), float32, zero past a prompt's end mark. A longer prompt is cut.
 
         Wan2.1 (arXiv 2503.20314), section 4: umT5 states, read by cross-attention in every layer.
         """
         tokens = self.tokenizer(
-            clean(prompt), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+            [clean(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.max_length,
+            truncation=True,
+            return_tensors="pt",
         ).to(self.encoder.device)
         states = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return states.float() * tokens.attention_mask[..., None]
