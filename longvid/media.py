@@ -31,6 +31,9 @@ IMAGE_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "png_pipe", b"\xff\xd8\xff": "jpeg_pip
 FRAGMENT_SECONDS = 0.25
 """Seconds of video that reach the file at a time: the most that is lost if the encoder itself is killed."""
 
+MAX_FPS = 1000
+"""Most frames per second of a file."""
+
 BYTES_PER_PIXEL = 0.15
 """Generous estimate of an encoded video, per pixel and frame. `check_disk` adds 16 MiB."""
 
@@ -62,7 +65,7 @@ def check_output(path: str | os.PathLike, *, overwrite: bool = False) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise ValueError(f"{path} is not writable; choose another folder, such as {Path.home()}")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; give another name or ask to overwrite it")
+        raise ValueError(f"{path} exists; give another name or overwrite it (--overwrite)")
     return path
 
 
@@ -78,7 +81,7 @@ def check_disk(path: str | os.PathLike, num_frames: int, height: int, width: int
     free = free_bytes(path)
     if free < needed:
         raise ValueError(
-            f"{path} has {free / 2**20:.0f} MiB free, and {num_frames} frames of {height}x{width} may need "
+            f"the disk of {path} has {free / 2**20:.0f} MiB free, and {num_frames} frames of {height}x{width} may need "
             f"{needed / 2**20:.0f} MiB; free some space, choose another disk or make a shorter video"
         )
 
@@ -239,8 +242,8 @@ def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _check_fps(fps: float) -> None:
-    if not 0.1 <= fps <= 1000:
-        raise ValueError(f"fps={fps} must be between 0.1 and 1000; try 16")
+    if not 0.1 <= fps <= MAX_FPS:
+        raise ValueError(f"fps={fps} must be between 0.1 and {MAX_FPS}; try 16")
 
 
 def _check_input(path: str | os.PathLike) -> Path:
@@ -252,7 +255,7 @@ def _check_input(path: str | os.PathLike) -> Path:
     if not os.access(path, os.R_OK):
         raise ValueError(f"{path} is not readable; allow it first: chmod u+r {path}")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty; give a file that plays")
+        raise ValueError(f"{path} is empty; give a file that opens elsewhere")
     return path
 
 

@@ -2,7 +2,7 @@
 
     b  batch                 f  latent frames            c  latent channels
     h  latent height         w  latent width             l  text tokens
-    t  pixel frames          H  pixel height             W  pixel width
+    t  pixel frames          H  pixel height             W  pixel width              p  pixel channels
 
 The annotations are plain strings on `torch.Tensor`; under pytest `tests/conftest.py` checks ranks and equal axes at
 every call of a public function, in production they cost nothing.
@@ -24,5 +24,5 @@ Timesteps = Annotated[Tensor, "b f"]
 Text = Annotated[Tensor, "b l d"]
 """Text encoder states, zero past the prompt's end."""
 
-Video = Annotated[Tensor, "b c t H W"]
+Video = Annotated[Tensor, "b p t H W"]
 """Pixels in [-1, 1]."""

@@ -6,17 +6,25 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_REQUEST, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Takes flags by their whole names; says what is wrong in one line."""
+
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         """Exit 2 with one line."""
         self.exit(EXIT_WRONG_REQUEST, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class Broken(Exception):
+    """What was a right request when it began turned out not to be, such as a video damaged in the middle."""
 
 
 def parser() -> Parser:
@@ -45,14 +53,14 @@ def _add_video_flags(command: argparse.ArgumentParser) -> None:
     model.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     length = command.add_argument_group("length and size")
     length.add_argument("--seconds", type=float, metavar="S")
-    length.add_argument("--num-frames", type=int, metavar="N", help="4n + 1")
+    length.add_argument("--num-frames", type=int, metavar="N", help="4n + 1; of extend the first is the input's last")
     length.add_argument("--fps", type=int, metavar="N")
     length.add_argument("--height", type=int, metavar="N", help="pixels")
     length.add_argument("--width", type=int, metavar="N", help="pixels")
     method = command.add_argument_group("method")
     method.add_argument("--method", metavar="NAME", help="rolling, dualparal, skyreels-sync, skyreels-async, "
                         "rolling-forcing or self-forcing")  # fmt: skip
-    method.add_argument("--num-inference-steps", type=int, metavar="N", dest="num_steps")
+    method.add_argument("--num-inference-steps", "--num-steps", type=int, metavar="N", dest="num_steps")
     method.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
     method.add_argument("--flow-shift", type=float, metavar="S")
     method.add_argument("--block-size", type=int, metavar="N", help="latents in a block")
@@ -92,11 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     options = parser().parse_args([_with_hyphens(word) for word in words])
     try:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         return COMMANDS[options.command](options)
     except (ValueError, FileExistsError) as error:
         return _say(f"longvid {options.command}: {_one_line(error)}", EXIT_WRONG_REQUEST)
-    except (FloatingPointError, OSError, MemoryError) as error:
+    except (Broken, FloatingPointError, OSError, MemoryError) as error:
         return _say(f"longvid {options.command} failed: {_one_line(error)}", EXIT_FAILED)
     except KeyboardInterrupt:
         return _say(f"longvid {options.command}: interrupted", EXIT_INTERRUPTED)
@@ -134,9 +142,9 @@ def _outputs(options: argparse.Namespace):
 
     paths = {"latents": options.save_latents, "metrics": options.metrics, "contact_sheet": options.contact_sheet}
     return Outputs(
-        video=Path(options.output) if options.output else _free_name(Path("longvid.mp4")),
+        video=Path(options.output) if options.output is not None else _free_name(Path("longvid.mp4")),
         overwrite=options.overwrite,
-        **{name: Path(path) if path else None for name, path in paths.items()},
+        **{name: Path(path) if path is not None else None for name, path in paths.items()},
     )
 
 
@@ -154,15 +162,17 @@ def _generate(options: argparse.Namespace) -> int:
 
     run = configure(**_request(options))
     outputs = _outputs(options)
-    outputs.check(run.num_frames, run.height, run.width)
-    plan = run.plan()
-    if _dry(options, run, plan, {"output": str(outputs.video)}):
-        return EXIT_DONE
+    outputs.check(run.num_frames, run.height, run.width, source=run.image)
+    described = _describe(run, run.plan(), outputs, {})
+    if options.dry_run:
+        return _print([json.dumps(described, indent=2, default=str)])
     from pipelines.generate import generate
     from pipelines.record import Meter
 
     meter = Meter(keep_latents=outputs.latents is not None)
-    return _carry_out(options, run, generate(run, meter), meter, outputs, run.num_frames, {})
+    frames = generate(run, meter)
+    _show(options, described)
+    return _carry_out(options, run, frames, meter, outputs, run.num_frames, {})
 
 
 def _extend(options: argparse.Namespace) -> int:
@@ -172,31 +182,45 @@ def _extend(options: argparse.Namespace) -> int:
 
     extension = configure_extension(configure(**_request(options)), Path(options.video))
     run, outputs = extension.run, _outputs(options)
-    if outputs.video.resolve() == extension.video.resolve():
-        raise ValueError(f"output {outputs.video} is the input; give another name")
-    outputs.check(extension.num_frames, run.height, run.width)
+    outputs.check(extension.num_frames, run.height, run.width, source=extension.video)
     notes = {"input": str(extension.video), "input_frames": extension.input_frames,
              "history_latents": extension.history_latents}  # fmt: skip
-    if _dry(options, run, extension.plan(), {**notes, "output": str(outputs.video)}):
-        return EXIT_DONE
+    described = _describe(run, extension.plan(), outputs, notes)
+    if options.dry_run:
+        return _print([json.dumps(described, indent=2, default=str)])
     from pipelines.record import Meter
 
     meter = Meter(keep_latents=outputs.latents is not None)
-    return _carry_out(options, run, extend(extension, meter), meter, outputs, extension.num_frames, notes)
+    frames = extend(extension, meter)
+    _show(options, described)
+    return _carry_out(options, run, frames, meter, outputs, extension.num_frames, notes)
 
 
-def _dry(options: argparse.Namespace, run, plan, notes: dict) -> bool:
-    """Print the configuration; say whether to stop there."""
+def _describe(run, plan, outputs, notes: dict) -> dict:
+    """The complete configuration and what it asks of the model."""
     from pipelines.configure import cost_of
 
-    described = {**run.record(), **notes, **cost_of(plan)}
-    if options.dry_run:
-        print(json.dumps(described, indent=2, default=str))
-    elif not options.quiet:
-        method = described.pop("method")
-        for words in (described, method):
-            print("  ".join(f"{key}={value}" for key, value in words.items()), file=sys.stderr)
-    return options.dry_run
+    return {**run.record(), **notes, "output": str(outputs.video), **cost_of(plan)}
+
+
+def _show(options: argparse.Namespace, described: dict) -> None:
+    """The configuration in two lines on standard error, once nothing can be wrong with the request."""
+    if options.quiet:
+        return
+    rest = {key: value for key, value in described.items() if key != "method"}
+    for words in (rest, described["method"]):
+        print("  ".join(f"{key}={value}" for key, value in words.items()), file=sys.stderr)
+
+
+def _print(lines: Iterable[str]) -> int:
+    """Print what was asked for, as much as somebody reads: `| head` ends it without a word."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it exits
+    return EXIT_DONE
 
 
 def _carry_out(options, run, frames: Iterable, meter, outputs, num_frames: int, notes: dict) -> int:
@@ -206,17 +230,19 @@ def _carry_out(options, run, frames: Iterable, meter, outputs, num_frames: int, 
 
     done = 0
     try:
-        with Progress(num_frames, run.fps, quiet=options.quiet) as progress:
-            for done in record(run, frames, meter, outputs, num_frames=num_frames, notes=notes):
+        counts = record(run, frames, meter, outputs, num_frames=num_frames, notes=notes)
+        with Progress(num_frames, run.fps, quiet=options.quiet) as progress, closing(counts):
+            for done in counts:
                 progress.update(done)
-    except BaseException:
+    except BaseException as error:
         if done:
             print(f"{outputs.video} holds the {done} frames made so far and plays", file=sys.stderr)
+            if isinstance(error, ValueError):
+                raise Broken(error) from error
         raise
     if not options.quiet:
         print(f"latent_sha256 {meter.latent_sha256}", file=sys.stderr)
-    print(outputs.video)
-    return EXIT_DONE
+    return _print([str(outputs.video)])
 
 
 def _use_threads(threads: int | None) -> None:
@@ -233,17 +259,9 @@ def _plan(options: argparse.Namespace) -> int:
     from pipelines.configure import configure
     from pipelines.show_plan import plan_json, plan_text
 
-    plan = configure(**{**_request(options), "device": "cpu", "dtype": "float32"}).plan()
-    try:
-        if options.json:
-            print(json.dumps(plan_json(plan)))
-        else:
-            for line in plan_text(plan):
-                print(line)
-        sys.stdout.flush()
-    except BrokenPipeError:  # such as into `head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  nothing more can be said
-    return EXIT_DONE
+    indifferent = {"prompt": "any", "device": "cpu", "dtype": "float32"}  # a plan is the same for all
+    plan = configure(**{**_request(options), **indifferent}).plan()
+    return _print([json.dumps(plan_json(plan))] if options.json else plan_text(plan))
 
 
 def _train(options: argparse.Namespace) -> int:

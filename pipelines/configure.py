@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from longvid.checkpoints.diffusers_folder import Folder, open_folder
+from longvid.media import MAX_FPS, read_image
 from longvid.method import Method
 from longvid.passes import Pass
 from longvid.plan import Plan, make_plan, num_latents_of
+from longvid.schedule import NUM_TRAIN_TIMESTEPS
 from pipelines.methods import make_method
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "longvid" / "assets" / "tiny"
@@ -78,27 +81,27 @@ def configure(
     `method_changes` are those of `pipelines.methods` (num_steps, lag, block_size, guidance_scale, flow_shift). Raises
     ValueError for a request that cannot be met, with a value that works.
     """
-    folder = resolve_model(model)
-    defaults = model_defaults(folder)
-    fps = _whole("fps", defaults["fps"] if fps is None else fps, 1)
+    opened = open_folder(resolve_model(model))
+    defaults = model_defaults(opened)
+    fps = _whole("fps", defaults["fps"] if fps is None else fps, 1, MAX_FPS)
     frames = _num_frames(seconds, num_frames, fps, defaults)
     height = _whole("height", defaults["height"] if height is None else height, 1)
     width = _whole("width", defaults["width"] if width is None else width, 1)
-    check_size(folder, height, width)
+    check_size(opened, height, width)
     name = method or defaults["method"]
     changes = {**(defaults.get("changes", {}) if name == defaults["method"] else {}), **method_changes}
-    chosen = make_method(name, has_image=image is not None, **changes)
+    chosen = _method(name, image is not None, changes)
     if prompt is None:
         prompt = defaults.get("prompt", "")
     if not prompt.strip():
         raise ValueError('the prompt is empty; say what to show, such as --prompt "a red ball bounces"')
-    if image is not None and not Path(image).is_file():
-        raise ValueError(f"image {image} is not a file; give a PNG, JPEG or WebP file")
-    if image is not None and frames < 5:
-        raise ValueError(f"num_frames={frames} leaves nothing to make after the image; try 81")
+    if image is not None:
+        if frames < 5:
+            raise ValueError(f"num_frames={frames} leaves nothing to make after the image; try 81")
+        read_image(image, height, width)
     device, dtype = choose_device(device, dtype)
     return Run(
-        model=folder, prompt=prompt, negative_prompt=negative_prompt or "", image=Path(image) if image else None,
+        model=opened.path, prompt=prompt, negative_prompt=negative_prompt or "", image=Path(image) if image else None,
         num_frames=frames, fps=fps, height=height, width=width, method=chosen,
         seed=secrets.randbelow(2**31) if seed is None else _whole("seed", seed, 0), device=device, dtype=dtype,
     )  # fmt: skip
@@ -109,7 +112,9 @@ def resolve_model(model: str | Path | None) -> Path:
     if model is None:
         return EMBEDDED
     path = Path(model)
-    if path.exists():
+    if str(model) and path.exists():
+        if not (path / "model_index.json").is_file():
+            raise ValueError(f"model {model} holds no model_index.json; give a folder that does, or a hub id")
         return path
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise ValueError(f"model {model} is not a folder here, nor a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
@@ -122,19 +127,13 @@ def resolve_model(model: str | Path | None) -> Path:
         raise ValueError(f"model {model} is not a folder here and cannot be fetched from the hub: {reason}") from error
 
 
-def model_defaults(folder: Path) -> Mapping:
-    """Method, size, rate and length for a model that its user did not choose."""
-    from longvid.checkpoints.diffusers_folder import open_folder
-
-    opened = open_folder(folder)
-    return opened.longvid or MODEL_DEFAULTS[opened.transformer["_class_name"]]
+def model_defaults(opened: Folder) -> Mapping:
+    """Method, size, rate and length for what a user did not choose."""
+    return {**MODEL_DEFAULTS[opened.transformer["_class_name"]], **opened.longvid}
 
 
-def check_size(folder: Path, height: int, width: int) -> None:
+def check_size(opened: Folder, height: int, width: int) -> None:
     """Raise ValueError unless the VAE's factor times the patch divides the picture."""
-    from longvid.checkpoints.diffusers_folder import open_folder
-
-    opened = open_folder(folder)
     vae, patch = opened.vae, opened.transformer.get("patch_size", [1, 2, 2])
     factor = 2 ** (len(vae.get("dim_mult", [1, 2, 4, 4])) - 1) * (vae.get("patch_size") or 1)
     for name, size, unit in (("height", height, factor * patch[1]), ("width", width, factor * patch[2])):
@@ -157,7 +156,7 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
             raise ValueError(f"device={device} was asked for, but there are {num_gpus} CUDA GPUs; use --device cpu")
     kind = device.split(":")[0]
     dtype = dtype or ("bfloat16" if kind == "cuda" else "float32")
-    if dtype not in ("float32", "bfloat16", "float16"):
+    if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r} is unknown; use float32 or bfloat16")
     return device, dtype
 
@@ -180,9 +179,20 @@ def frames_of_seconds(seconds: float, fps: int) -> int:
     return 4 * math.ceil(round(seconds * fps, 6) / 4) + 1
 
 
-def _whole(name: str, value: int, least: int) -> int:
-    if int(value) != value or value < least:
-        raise ValueError(f"{name}={value} must be a whole number of at least {least}; try {max(least, 16)}")
+def _method(name: str, has_image: bool, changes: Mapping[str, int | float]) -> Method:
+    """The method with its changes, those that schedules cannot take refused under the name that the user gave."""
+    if "num_steps" in changes:
+        _whole("num_steps", changes["num_steps"], 1, NUM_TRAIN_TIMESTEPS)
+    shift = changes.get("flow_shift", 1)
+    if not 0.01 <= shift <= 1000:
+        raise ValueError(f"flow_shift={shift} must be between 0.01 and 1000; try 3")
+    return make_method(name, has_image=has_image, **changes)
+
+
+def _whole(name: str, value: int, least: int, most: float = math.inf) -> int:
+    if int(value) != value or not least <= value <= most:
+        limits = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{name}={value} must be a whole number {limits}; try {max(least, 16)}")
     return int(value)
 
 

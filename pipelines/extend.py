@@ -9,7 +9,7 @@ import numpy as np
 from longvid.media import count_frames, probe_video, read_video
 from longvid.plan import Plan, cut_into_blocks, make_plan
 from pipelines.configure import Run
-from pipelines.generate import Observer, encode_frames, load_models, roll
+from pipelines.generate import Models, Observer, encode_frames, load_models, roll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,9 @@ def configure_extension(run: Run, video: Path) -> Extension:
     """
     info = probe_video(video)
     if info.num_frames < 2:
-        raise ValueError(f"{video} has {info.num_frames} frame; extend needs at least 2 (for a picture use --image)")
+        raise ValueError(f"{video} has a single frame; give at least 2, or generate from that frame with --image")
+    if run.num_frames < 5:
+        raise ValueError(f"num_frames={run.num_frames} adds nothing: the first is the input's last; try 81")
     frames = count_frames(info, run.fps)
     method = run.method
     wanted = max(method.sink + method.history, method.overlap, method.left, method.block_size)
@@ -54,15 +56,22 @@ def configure_extension(run: Run, video: Path) -> Extension:
 def extend(extension: Extension, observer: Observer | None = None) -> Iterator[np.ndarray]:
     """Yield uint8 (n, height, width, 3): every frame of the input at the model's size and rate, then the new ones.
 
-    Raises as `pipelines.generate.generate` does.
+    Raises as `pipelines.generate.generate` does, and ValueError where a frame of the input turns out to be damaged.
     """
     run = extension.run
-    models = load_models(run)
+    read = read_video(extension.video, height=run.height, width=run.width, fps=run.fps)
+    return _go_on(extension, read, load_models(run), observer or Observer())
+
+
+def _go_on(
+    extension: Extension, read: Iterator[np.ndarray], models: Models, observer: Observer
+) -> Iterator[np.ndarray]:
+    run = extension.run
     window = 4 * (extension.history_latents - 1) + 1
     tail = np.empty((0, run.height, run.width, 3), np.uint8)
-    for frames in read_video(extension.video, height=run.height, width=run.width, fps=run.fps):
+    for frames in read:
         tail = np.concatenate([tail, frames])[-window:]
         yield frames
     history = encode_frames(models.vae, tail)
     ready = list(history.split(list(extension.ready_blocks()), dim=2))
-    yield from roll(run, extension.plan(), models, ready, observer or Observer(), shows_ready=False)
+    yield from roll(run, extension.plan(), models, ready, observer, shows_ready=False)

@@ -70,16 +70,16 @@ def encode_prompts(folder: Folder, run: Run, dtype: torch.dtype) -> list[torch.T
 
 
 def generate(run: Run, observer: Observer | None = None) -> Iterator[np.ndarray]:
-    """Yield frames as blocks leave: uint8 (n, height, width, 3), `run.num_frames` in all.
+    """Load the models, and yield frames as blocks leave: uint8 (n, height, width, 3), `run.num_frames` in all.
 
-    Raises ValueError for a wrong request, before anything is yielded, and FloatingPointError (block and step named)
-    if latents stop being finite.
+    Raises ValueError for a wrong request at once, and FloatingPointError (block and step named) if latents stop being
+    finite while frames are made.
     """
     models = load_models(run)
     ready: list[Latents] = []
     if run.image:
         ready.append(encode_frames(models.vae, read_image(run.image, run.height, run.width)[None]))
-    yield from roll(run, run.plan(), models, ready, observer or Observer())
+    return roll(run, run.plan(), models, ready, observer or Observer())
 
 
 def roll(

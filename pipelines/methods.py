@@ -26,14 +26,16 @@ def rolling(
 
 
 def dualparal(
-    *, num_steps: int = 50, block_size: int = 8, context: int = 8, guidance_scale: float = 5.0, flow_shift: float = 3.0
+    *, num_steps: int = 50, block_size: int = 8, guidance_scale: float = 5.0, flow_shift: float = 3.0
 ) -> Method:
     """DualParal (arXiv 2505.21070), section 3, with the settings of its README, for bidirectional Wan weights.
 
-    Lag 1, tail first; `context` latents of the cleaner neighbour recomputed and as many of the noisier one read from
-    its features; block 0 has block_size + context latents, so that every pass is as long; coordinated noise. Mended:
-    the length is what was asked for, the last block may be short, and a neighbour is always as the tick before left it.
+    Lag 1, tail first; 8 latents of the cleaner neighbour recomputed and as many of the noisier one read from its
+    features (fewer if blocks are smaller); block 0 is longer by as many, so that every pass is as long; coordinated
+    noise. Mended: the length is what was asked for, the last block may be short, and a neighbour is always as the tick
+    before left it.
     """
+    context = min(8, block_size)
     return Method(
         name="dualparal", kind=Kind.TWO_SIDED, block_size=block_size, first_block_size=block_size + context,
         num_steps=num_steps, lag=1, solver=Solver.UNIPC, level_rule=LevelRule.WAN, flow_shift=flow_shift,

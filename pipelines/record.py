@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import resource
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from safetensors.torch import save_file
 
 from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.contact_sheet import choose, contact_sheet, write_png
@@ -41,18 +43,23 @@ class Outputs:
         """The JSON beside the video."""
         return self.video.with_suffix(".json")
 
-    def check(self, num_frames: int, height: int, width: int) -> None:
-        """Raise ValueError if any of them cannot be written, or exists and may not be overwritten."""
-        suffixes = {".mp4", ".m4v", ".mov"}
-        if self.video.suffix.lower() not in suffixes:
-            raise ValueError(f"{self.video} must end in .mp4 (or .m4v, .mov); try {self.video.with_suffix('.mp4')}")
-        check_output(self.video, overwrite=self.overwrite)
-        others = [path for path in (self.sidecar, self.latents, self.metrics, self.contact_sheet) if path]
-        if len({path.resolve() for path in (self.video, *others)}) <= len(others):
-            raise ValueError(f"two outputs have the same name as {self.video} or its sidecar {self.sidecar.name}")
-        for path in others:
-            check_file(path, overwrite=self.overwrite)
-        check_disk(self.video, num_frames, height, width)
+    def check(self, num_frames: int, height: int, width: int, source: Path | None = None) -> None:
+        """Raise ValueError if one cannot be written, exists and may not be overwritten, or is the input `source`."""
+        try:
+            check_output(self.video, overwrite=self.overwrite)
+            others = [path for path in (self.sidecar, self.latents, self.metrics, self.contact_sheet) if path]
+            for path in (self.video, *others):
+                if source and path.exists() and path.samefile(source):
+                    raise ValueError(f"output {path} is the input; give another name")
+            for path in others:
+                check_file(path, overwrite=self.overwrite)
+            names = [path.resolve() for path in (self.video, *others)]
+            for path, name in zip((self.video, *others), names, strict=True):
+                if names.count(name) > 1:
+                    raise ValueError(f"two outputs are {path}; give each a name of its own ({self.sidecar} is taken)")
+            check_disk(self.video, num_frames, height, width)
+        except OSError as error:  # such as a name that is too long
+            raise ValueError(f"{error.filename} cannot be written ({error.strerror}); give another name") from error
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
@@ -61,8 +68,10 @@ def check_file(path: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ValueError(f"{path} is in a folder that does not exist; create it first: mkdir -p {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"{path} is not writable; choose another folder, such as {Path.home()}")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; give another name or add --overwrite")
+        raise ValueError(f"{path} exists; give another name or overwrite it (--overwrite)")
 
 
 class Meter(Observer):
@@ -161,7 +170,8 @@ def record(
 ) -> Iterator[int]:
     """Write frames to the outputs as they come, yielding how many are in the file.
 
-    However it ends, the video is closed so that it plays and the sidecar says how far it came; `notes` go there too.
+    The sidecar is there as soon as the video is, with `notes`, and says "unfinished" until the end is known. However
+    that comes, the video is closed so that it plays, and the sidecar says how far it came.
     """
     writer = VideoWriter(outputs.video, height=run.height, width=run.width, fps=run.fps, overwrite=outputs.overwrite)
     sheet = SheetCollector(num_frames=num_frames, fps=run.fps)
@@ -172,39 +182,37 @@ def record(
                 writer.write(block)
                 if meter.first_frame_s is None:
                     meter.first_frame_s = time.perf_counter() - meter.start
+                    _write_sidecar(run, meter, outputs, writer.num_frames, {**notes, "ended": "unfinished"})
                 sheet.add(block)
                 yield writer.num_frames
         ended = "complete"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, GeneratorExit):
         ended = "interrupted"
         raise
     finally:
         if writer.num_frames:
-            _write_extras(run, meter, outputs, sheet, writer.num_frames, {**notes, "ended": ended})
+            metrics = _write_sidecar(run, meter, outputs, writer.num_frames, {**notes, "ended": ended})
+            if outputs.latents and meter.kept:
+                save_file({"latents": torch.cat(meter.kept, 2)[0].contiguous()}, outputs.latents)
+            if outputs.metrics:
+                write_json(outputs.metrics, metrics)
+            if outputs.contact_sheet:
+                sheet.write(outputs.contact_sheet)
 
 
-def _write_extras(
-    run: Run, meter: Meter, outputs: Outputs, sheet: SheetCollector, num_frames: int, notes: dict
-) -> None:
+def _write_sidecar(run: Run, meter: Meter, outputs: Outputs, num_frames: int, notes: dict) -> dict:
+    """Write the sidecar; returns the metrics in it, with the configuration."""
     metrics = meter.metrics(run, num_frames)
-    config = metrics.pop("config")
     sidecar = {
         "ended": notes.pop("ended"),
-        "config": config,
+        "config": metrics["config"],
         **notes,
         "versions": versions(),
         "checkpoint_hash": fingerprint(run.model),
-        "metrics": metrics,
+        "metrics": {name: value for name, value in metrics.items() if name != "config"},
     }
     write_json(outputs.sidecar, sidecar)
-    if outputs.metrics:
-        write_json(outputs.metrics, {**metrics, "config": config})
-    if outputs.contact_sheet:
-        sheet.write(outputs.contact_sheet)
-    if outputs.latents and meter.kept:
-        from safetensors.torch import save_file
-
-        save_file({"latents": torch.cat(meter.kept, 2)[0].contiguous()}, outputs.latents)
+    return metrics
 
 
 def write_json(path: Path, content: dict) -> None:

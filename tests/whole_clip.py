@@ -87,12 +87,13 @@ class Copies:
         self.indices.append(index)
         self.places.extend(range(place, place + p.num_latents))
         self.seen.append(reads := [])
-        left = place - sum(piece.stop - piece.start for piece in p.before)
-        for at, pieces in ((left, p.before), (place + p.num_latents, p.after)):
-            for piece in pieces:
-                writer, offset = self._writer(index, piece)
-                reads.append((self._add(writer, at - offset), offset, offset + piece.stop - piece.start))
-                at += piece.stop - piece.start
+        at = place - sum(piece.stop - piece.start for piece in p.before)
+        for piece in p.before + p.after:
+            if at == place:
+                at += p.num_latents
+            writer, offset = self._writer(index, piece)
+            reads.append((self._add(writer, at - offset), offset, offset + piece.stop - piece.start))
+            at += piece.stop - piece.start
         return number
 
     def _writer(self, index: int, piece: Slice) -> tuple[int, int]:

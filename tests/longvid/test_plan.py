@@ -286,6 +286,13 @@ def test_cut_into_blocks():
     assert cut_into_blocks(0, 3, 3) == ()
 
 
+def test_no_block_crosses_the_end_of_a_window():
+    method = replace(make_method("skyreels-async"), first_block_size=7, block_size=4)
+    assert make_plan(method, 50).block_sizes == (7, 4, 4, 4, 4, 2, *[4] * 5, 4, 1)
+    assert make_plan(method, 45, (1,)).block_sizes == (1, *[4] * 11)
+    assert make_plan(method, 52, (9, 2)).block_sizes == (9, 2, *[4] * 10, 1)
+
+
 def test_frames_are_one_and_four_for_each_latent_more():
     assert [num_latents_of(frames) for frames in (1, 5, 81, 97, 1457)] == [1, 2, 21, 25, 365]
 

@@ -2,23 +2,25 @@
 
 import json
 import shutil
+import signal
 from types import SimpleNamespace
 
 import decord
 import numpy as np
 import pytest
 import torch
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from longvid.checkpoints.diffusers_folder import save_folder, scheduler_config
 from longvid.media import VideoWriter
 from longvid.models.dit import SKYREELS, DiT, DiTConfig
-from longvid.models.text import TextEncoder, make_small_text_encoder
+from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE, VAEConfig
 from pipelines import cli
 
 HEIGHT, WIDTH, FPS = 16, 24, 8
-UNIT = 8
-"""Pixels that the tiny model's VAE and patch ask sizes to be a multiple of."""
+TOKENS = 40
+"""What the random model's text encoder takes: a byte each, and the end mark."""
 
 DEFAULTS = {
     "name": "random", "method": "rolling", "height": HEIGHT, "width": WIDTH, "fps": FPS, "num_frames": 17,
@@ -27,10 +29,10 @@ DEFAULTS = {
 
 
 def save_random_folder(path):
-    """Weights of the embedded model's classes, far smaller: 4 pixels to a latent, 2 layers of 24."""
+    """The classes of the embedded model, far smaller: 4 pixels to a latent, 2 layers of 24."""
     torch.manual_seed(0)
     dit = DiT(DiTConfig(
-        class_name=SKYREELS, num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=128,
+        class_name=SKYREELS, num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
         freq_dim=32, ffn_dim=32, num_layers=2,
     ))  # fmt: skip
     vae = VAE(VAEConfig(
@@ -39,7 +41,11 @@ def save_random_folder(path):
     ))  # fmt: skip
     for parameter in (*dit.parameters(), *vae.parameters()):
         parameter.data.add_(0.1 * torch.randn(parameter.shape))
-    text = TextEncoder(*make_small_text_encoder())
+    encoder = UMT5EncoderModel(UMT5Config(
+        vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    ))  # fmt: skip
+    text = TextEncoder(encoder, ByT5Tokenizer(model_max_length=TOKENS))
     save_folder(path, dit=dit, vae=vae, text=text, scheduler=scheduler_config(3.0), longvid=DEFAULTS)
     return path
 
@@ -47,29 +53,31 @@ def save_random_folder(path):
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """The folder that every test reads; nobody writes to it."""
-    return save_random_folder(tmp_path_factory.mktemp("model") / "tiny")
+    return save_random_folder(tmp_path_factory.mktemp("model") / "random")
 
 
 @pytest.fixture
 def own_model(model, tmp_path):
     """A copy that a test may damage."""
-    return shutil.copytree(model, tmp_path / "damaged")
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """What a command leaves in the current folder is the test's."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    return shutil.copytree(model, tmp_path / "own")
 
 
 @pytest.fixture
-def longvid(model, capfd, monkeypatch):
-    """Call the command in this process: `longvid("generate", "--seed", 1)` gives `code, out, err`."""
+def here(tmp_path, monkeypatch):
+    """The current folder, empty: what a command leaves in it is the test's."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def longvid(model, here, capfd):
+    """Call the command in this process: `longvid("generate", "--seed", 1)` has `code`, `out` and `err`."""
+    handler = signal.getsignal(signal.SIGTERM)
 
     def call(command, *words, model=model):
-        given = [] if model is None or command == "train" else ["--model", model]
-        monkeypatch.setattr("signal.signal", lambda *_: None)  # a test keeps its own handlers
+        given = [] if model is None else ["--model", model]
+        capfd.readouterr()
         try:
             code = cli.main([command, *map(str, [*given, *words])])
         except SystemExit as stop:
@@ -77,14 +85,15 @@ def longvid(model, capfd, monkeypatch):
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
 
-    return call
+    yield call
+    signal.signal(signal.SIGTERM, handler)
 
 
 def film(num_frames, height=HEIGHT, width=WIDTH, shade=0):
-    """A smooth ramp that brightens: what H.264 keeps well."""
+    """A smooth ramp that brightens, which H.264 keeps well."""
     y, x = np.mgrid[:height, :width]
     ramp = np.stack([160 * x // width, 160 * y // height, np.full_like(x, shade)], axis=-1)
-    return np.stack([ramp + min(4 * i, 95) for i in range(num_frames)]).astype(np.uint8)
+    return np.stack([ramp + min(i, 90) for i in range(num_frames)]).astype(np.uint8)
 
 
 def save_film(path, num_frames, height=HEIGHT, width=WIDTH, fps=FPS, shade=0):
@@ -96,8 +105,10 @@ def save_film(path, num_frames, height=HEIGHT, width=WIDTH, fps=FPS, shade=0):
 def load(path):
     """Every frame of a video, uint8 (n, height, width, 3)."""
     reader = decord.VideoReader(str(path), decord.cpu(0))
-    return reader.get_batch(range(len(reader))).asnumpy()
+    frames = reader.get_batch(range(len(reader))).asnumpy()
+    n, height, width, _ = frames.shape
+    return frames.reshape(n, height, -1)[:, :, : 3 * width].reshape(n, height, width, 3)  # decord leaves padding in
 
 
-def sidecar(path):
-    return json.loads(path.with_suffix(".json").read_text())
+def read_json(path):
+    return json.loads(path.read_text())

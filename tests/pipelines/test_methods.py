@@ -120,12 +120,12 @@ def test_self_forcing_by_single_latents():
 # DualParal: arXiv 2505.21070 and its release --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block_size, context, num_blocks", [(8, 8, 5), (10, 5, 3), (8, 8, 12)])
+@pytest.mark.parametrize("block_size, context, num_blocks", [(8, 8, 5), (10, 8, 3), (4, 4, 6), (8, 8, 12)])
 def test_dualparal_passes(block_size, context, num_blocks):
-    """The README's 8/40/8 (189 frames), the code's defaults 10/30/5 (137 frames), and a longer one."""
+    """The README's 8/40/8 (189 frames), larger and smaller blocks, and a longer one."""
     num_steps = 10
     num_latents = num_blocks * block_size + context
-    plan = plan_of("dualparal", num_latents, num_steps=num_steps, block_size=block_size, context=context)
+    plan = plan_of("dualparal", num_latents, num_steps=num_steps, block_size=block_size)
     assert plan.num_frames == 4 * (num_latents - 1) + 1
     assert plan.block_sizes == (block_size + context, *[block_size] * (num_blocks - 1))
     assert Counter(p.lane for p in plan.passes) == {0: num_blocks * num_steps, 1: num_blocks * num_steps}
