@@ -29,7 +29,11 @@ TINY_DIT = DiTConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class DiTTraining:
-    """Shares are of batches, except `drop_text`, which is of clips."""
+    """Shares are of batches, except `start_share` and `drop_text`, which are of clips.
+
+    `start_share` of the clips have no clean block: that the first block is right matters most, since all that follow
+    are made after it.
+    """
 
     loop: LoopConfig
     run: int = 12
@@ -37,6 +41,7 @@ class DiTTraining:
     staircase_share: float = 0.5
     joint_share: float = 0.2
     image_share: float = 0.15
+    start_share: float = 0.6
     drop_text: float = 0.1
     worst_context: float = 0.1
 
@@ -61,7 +66,7 @@ def draw_layout(rng: np.random.Generator, config: DiTTraining, tokens_per_latent
     draw = staircase_levels if rng.uniform() < config.staircase_share else iid_levels
     rows = []
     for _ in range(config.loop.batch_size):
-        if rng.uniform() < 0.2:
+        if rng.uniform() < config.start_share:
             levels = draw(rng, len(sizes))
         else:
             clean = int(rng.integers(1, len(sizes)))

@@ -22,7 +22,7 @@ TINY_VAE = dict(
 
 @dataclass(frozen=True, kw_only=True)
 class VAETraining:
-    """Films are cut to `crop` pixels square and, for the first `short_steps`, to 9 frames; then to 41, a quarter as many.
+    """Films are cut to `crop` pixels square and, for `short_steps`, to 9 frames; then to 41, a quarter as many films.
 
     Pixels are learned soonest on many short clips. But a causal VAE that has only seen short ones always sees the
     padding before the first frame, and drifts once that is out of its sight (measured: 26.6 dB on 9 frames, 15 dB at

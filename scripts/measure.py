@@ -28,8 +28,10 @@ def command(folder: Path, seconds: float, name: str, *more: str) -> dict:
 def minute(folder: Path) -> None:
     """A minute of video with the default method, everything included."""
     found = command(folder, 60, "minute")
-    print(f"60 s of video: {found['process_s']:.1f} s for the whole command, {found['wall_s']:.1f} s of work, "
-          f"first frames in the file {found['first_frame_s']:.2f} s after work began, {found['fps']:.1f} frames/s")  # fmt: skip
+    print(
+        f"60 s of video: {found['process_s']:.1f} s for the whole command, {found['wall_s']:.1f} s of work, "
+        f"first frames in the file after {found['first_frame_s']:.2f} s of work, {found['fps']:.1f} frames/s"
+    )
     print(f"latent_sha256 {found['latent_sha256']}")
 
 
@@ -88,8 +90,10 @@ def dit(folder: Path) -> None:
     t = torch.arange(13)[None] * 70
     with torch.no_grad():
         words = ours.text_features(text)
+
         def reference():
             return theirs(x, t, text, enable_diffusion_forcing=True, return_dict=False)[0]
+
         difference = (ours(x, t.float(), words)[0] - reference()).abs().max()
         a, b = ratio(lambda: ours(x, t.float(), words), reference)
     print(f"DiT forward, 13 latents 8x8: ours {1e3 * a:.1f} ms, diffusers {1e3 * b:.1f} ms, ratio {a / b:.2f}, "

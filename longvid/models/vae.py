@@ -27,7 +27,6 @@ from longvid.models.vae_layers import (
     UpBlock,
     Upsample,
     VAEState,
-    silu,
 )
 from longvid.types import Latents, Video
 
@@ -113,50 +112,55 @@ class VAEConfig:
         return config
 
     def _faults(self) -> Iterator[str]:
+        """What is wrong, one line each."""
+        yield from self._size_faults()
+        yield from self._time_and_latent_faults()
+        if self.is_residual:
+            yield from self._residual_faults()
+
+    def _size_faults(self) -> Iterator[str]:
         counts = {name: getattr(self, name) for name in ("base_dim", "z_dim", "num_res_blocks")}
-        counts |= {"decoder_base_dim": self.decoder_base_dim or 1, "patch_size": self.patch_size or 1}
+        counts |= {name: getattr(self, name) or 1 for name in ("decoder_base_dim", "patch_size")}
         counts |= {f"dim_mult[{i}]": mult for i, mult in enumerate(self.dim_mult)}
         for name, value in counts.items():
             if not isinstance(value, int) or value < 1:
                 yield f"VAE {name}={value!r} must be a whole number of at least 1"
         if self.dropout:
             yield f"VAE dropout={self.dropout} is not supported; use 0.0"
+        area = (self.patch_size or 1) ** 2
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) < 1 or getattr(self, name) % area:
+                yield f"VAE {name}={getattr(self, name)} must be a multiple of patch_size^2={area}; try {3 * area}"
+        if self.scale_factor_spatial not in (None, self.spatial_factor):
+            yield f"VAE scale_factor_spatial={self.scale_factor_spatial}: the other keys make it {self.spatial_factor}"
+
+    def _time_and_latent_faults(self) -> Iterator[str]:
         if len(self.temperal_downsample) != len(self.dim_mult) - 1 or sum(self.temperal_downsample) != 2:
             given = list(self.temperal_downsample)
             yield (
                 f"VAE temperal_downsample={given} must hold {len(self.dim_mult) - 1} values, one less than dim_mult, "
                 "of which 2 are true (frames are compressed by 4); for 4 sizes [false, true, true] works"
             )
+        if self.scale_factor_temporal not in (None, TEMPORAL_FACTOR):
+            yield f"VAE scale_factor_temporal={self.scale_factor_temporal} must be {TEMPORAL_FACTOR}"
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.z_dim:
                 yield f"VAE {name} has {len(getattr(self, name))} values; z_dim={self.z_dim} needs {self.z_dim}"
         if min(self.latents_std) <= 0:
             yield f"VAE latents_std={list(self.latents_std)} must be positive; 1.0 everywhere works"
-        area = (self.patch_size or 1) ** 2
-        for name in ("in_channels", "out_channels"):
-            if getattr(self, name) < 1 or getattr(self, name) % area:
-                yield f"VAE {name}={getattr(self, name)} must be a multiple of patch_size^2={area}; try {3 * area}"
-        for name, factor in (
-            ("scale_factor_temporal", self.temporal_factor),
-            ("scale_factor_spatial", self.spatial_factor),
-        ):
-            if getattr(self, name) not in (None, factor):
-                yield f"VAE {name}={getattr(self, name)} contradicts the other keys, which make it {factor}"
-        yield from self._residual_faults()
 
     def _residual_faults(self) -> Iterator[str]:
-        if not self.is_residual:
-            return
-        temporal = (*self.temperal_downsample, None)
-        for (fine, coarse), in_time in zip(pairwise((1, *self.dim_mult)), temporal, strict=True):
-            factor = 1 if in_time is None else 4 * (1 + in_time)
-            if fine * factor * self.base_dim % (coarse * self.base_dim):
-                yield f"VAE dim_mult={list(self.dim_mult)} does not divide for is_residual: {fine} * {factor} % {coarse}"
-        dims = (self.dim_mult[-1], *self.dim_mult[::-1])
-        for (coarse, fine), in_time in zip(pairwise(dims[:-1]), self.temperal_downsample[::-1], strict=True):
-            factor = 4 * (1 + in_time)
-            if fine * factor % coarse:
-                yield f"VAE dim_mult={list(self.dim_mult)} does not divide for is_residual: {fine} * {factor} % {coarse}"
+        """Shortcuts average or repeat channels in equal groups: `narrow` channels, times `factor`, make `wide` ones."""
+        factors = [4 * (1 + in_time) for in_time in self.temperal_downsample]
+        down = zip(pairwise((1, *self.dim_mult)), (*factors, 1), strict=True)
+        up = zip(pairwise((self.dim_mult[-1], *self.dim_mult[:0:-1])), factors[::-1], strict=True)
+        groups = [(narrow, wide, factor) for (narrow, wide), factor in down]
+        for narrow, wide, factor in groups + [(narrow, wide, factor) for (wide, narrow), factor in up]:
+            if narrow * factor % wide:
+                yield (
+                    f"VAE dim_mult={list(self.dim_mult)} with is_residual: {narrow} * {factor} must be a multiple of "
+                    f"{wide}; [1, 2, 4, 4] works"
+                )
 
 
 class Encoder(nn.Module):
@@ -189,7 +193,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, stream)
         x = self.mid_block(x, stream)
-        return self.conv_out(silu(self.norm_out(x)), stream)
+        return self.conv_out(x, stream, self.norm_out)
 
 
 class Decoder(nn.Module):
@@ -220,7 +224,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x, stream), stream)
         for block in self.up_blocks:
             x = block(x, stream)
-        return self.conv_out(silu(self.norm_out(x)), stream)
+        return self.conv_out(x, stream, self.norm_out)
 
 
 class VAE(nn.Module):
@@ -270,10 +274,10 @@ class VAE(nn.Module):
             ValueError: the video's size does not fit.
         """
         self._check_video(video, is_start=state is None)
-        chunks = [video] if state is not None else [video[:, :, :1], video[:, :, 1:]]
         stream, latents = Stream(state), []
-        for chunk in (part for chunk in chunks if chunk.shape[2] for part in chunk.split(TEMPORAL_FACTOR, 2)):
-            latents.append(self._encode(chunk, stream)[0])
+        num_first = video.shape[2] % TEMPORAL_FACTOR
+        for frames in video.split([num_first] * num_first + [TEMPORAL_FACTOR] * (video.shape[2] // TEMPORAL_FACTOR), 2):
+            latents.append(self._encode(frames, stream)[0])
             state = stream.advance()
         mu = torch.cat(latents, 2)
         mean, std = self._statistics(mu)

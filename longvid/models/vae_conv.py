@@ -7,8 +7,6 @@ convolutions of few channels 5 to 20 times slower than images, so there `conv3d_
 `conv3d_minimal` does the same with fewer products. They know nothing of streams or of the past.
 """
 
-import functools
-
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -45,40 +43,45 @@ def conv3d_by_taps(x: Tensor, kernel: Tensor, bias: Tensor, taps: int, stride: i
     return conv2d(x, kernel, bias, padding=kernel.shape[2] // 2)
 
 
-@functools.cache
-def minimal_filter(num_out: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Matrices A, G, B of a minimal filter of 3 taps: `y = A ((G g) * (B d))` for `num_out + 2` inputs d.
+def minimal_kernels(weight: Tensor) -> Tensor:
+    """`(o, c, 3, y, x) -> (6 o, c, y, x)`, channels last: the kernels of `conv3d_minimal`.
 
-    Toom-Cook's evaluation and interpolation (Winograd, "Arithmetic complexity of computations", 1980; Lavin and Gray,
-    arXiv 1509.09308): `num_out + 2` products where the definition has `3 num_out`. With points at even distance
-    around 0 and at infinity the rounding error in float32 is that of the definition.
+    The kernel as a polynomial in time, at the points 0, 1, -1, 2, -2 (each over its Lagrange denominator) and infinity.
     """
-    points = torch.tensor({2: [0, 1, -1], 4: [0, 2 / 3, -2 / 3, 4 / 3, -4 / 3]}[num_out], dtype=torch.float64)
-
-    def powers(num: int) -> Tensor:
-        at_infinity = F.one_hot(torch.tensor([num - 1]), num)
-        return torch.cat([torch.linalg.vander(points, N=num), at_infinity])
-
-    a, g, b = powers(num_out).T, powers(3), torch.linalg.inv(powers(num_out + 2)).T
-    return a.float(), g, b.float()
-
-
-def minimal_kernels(weight: Tensor, num_out: int) -> Tensor:
-    """`(o, c, 3, y, x) -> ((num_out + 2) o, c, y, x)`, channels last: the kernels of `conv3d_minimal`."""
-    _, g, _ = minimal_filter(num_out)
-    kernels = torch.einsum("ik,ockyx->ioyxc", g, weight.double()).to(weight.dtype)
-    return kernels.flatten(0, 1).permute(0, 3, 1, 2)
+    powers = [[1, 0, 0], [1, 1, 1], [1, -1, 1], [1, 2, 4], [1, -2, 4], [0, 0, 1]]
+    denominators = [[4], [-6], [-6], [24], [24], [1]]
+    points = weight.new_tensor(powers, dtype=torch.float64) / weight.new_tensor(denominators, dtype=torch.float64)
+    kernels = torch.einsum("ik,ockyx->ioyxc", points, weight.double())
+    return kernels.to(weight.dtype).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def conv3d_minimal(x: Tensor, kernels: Tensor, bias: Tensor) -> Tensor:
-    """`conv3d_plain` of 3 taps for 2 or 4 frames out, with 2/3 or 1/2 of the products: `minimal_filter` along time."""
-    num_out = x.shape[1] - 2
-    a, _, b = minimal_filter(num_out)
-    mixed = torch.matmul(b, x.flatten(2)).view_as(x)
-    mixed = rearrange(mixed, "b i h w c -> b 1 h w (i c)")
-    products = conv2d(mixed, kernels, None, padding=kernels.shape[2] // 2, groups=num_out + 2)
-    products = rearrange(products, "b 1 h w (i o) -> b i (h w o)", i=num_out + 2)
-    return torch.matmul(a, products).view(x.shape[0], num_out, *x.shape[2:4], -1).add_(bias)
+    """`(b, 6, h, w, c) -> (b, 4, h, w, o)`: `conv3d_plain` of 3 taps, with 6 image convolutions in place of 12.
+
+    A minimal filter along time: Toom-Cook's evaluation and interpolation, F(4, 3) of Lavin and Gray (arXiv 1509.09308,
+    section 4.3). The rounding error in float32 is about 1.4 times that of the definition.
+    """
+    batch, _, height, width, channels = x.shape
+    frames = x.new_empty(batch, 1, height, width, 6, channels)
+    far, near = torch.sub(x[:, 2:], x[:, :-2], alpha=4), x[:, 3:5] - x[:, 1:3]
+    torch.sub(far[:, 2], far[:, 0], out=frames[:, 0, ..., 0, :])
+    torch.add(far[:, 2], far[:, 1], out=frames[:, 0, ..., 1, :])
+    torch.sub(far[:, 2], far[:, 1], out=frames[:, 0, ..., 2, :])
+    torch.add(near[:, 1], near[:, 0], alpha=2, out=frames[:, 0, ..., 3, :])
+    torch.sub(near[:, 1], near[:, 0], alpha=2, out=frames[:, 0, ..., 4, :])
+    torch.sub(far[:, 3], far[:, 1], out=frames[:, 0, ..., 5, :])
+
+    num_out = len(bias)  # a constant in time is interpolated by the point 1 alone, so the bias stands there
+    bias = F.pad(bias, (num_out, 4 * num_out))
+    products = conv2d(frames.flatten(4), kernels, bias, padding=kernels.shape[2] // 2, groups=6)
+    at_0, at_1, at_minus_1, at_2, at_minus_2, at_infinity = products.squeeze(1).unflatten(-1, (6, num_out)).unbind(-2)
+    even, odd, even_2, odd_2 = at_1 + at_minus_1, at_1 - at_minus_1, at_2 + at_minus_2, at_2 - at_minus_2
+    y = x.new_empty(batch, 4, height, width, num_out)
+    torch.add(even, even_2, out=y[:, 0]).add_(at_0)
+    torch.add(odd, odd_2, alpha=2, out=y[:, 1])
+    torch.add(even, even_2, alpha=4, out=y[:, 2])
+    torch.add(odd, odd_2, alpha=8, out=y[:, 3]).add_(at_infinity)
+    return y
 
 
 def coarse_kernels(weight: Tensor) -> Tensor:

@@ -46,11 +46,17 @@ class Stream:
 
     def extend(self, x: Tensor, num_frames: int = 2) -> Tensor:
         """`(b, t, h, w, c)` with `num_frames` frames of the past before it; its own last ones are noted."""
-        past = x.new_zeros(x.shape[0], num_frames, *x.shape[2:]) if self.is_start else next(self._past)
-        x = torch.cat([past, x], 1)
-        if self._keep:
-            self._kept.append(x[:, -num_frames:].clone())
-        return x
+        return self._note(torch.cat([self._take(x, num_frames), x], 1), num_frames)
+
+    def extend_activated(self, x: Tensor, norm: "RMSNorm") -> Tensor:
+        """`extend` of SiLU(norm(x)), by two frames; where no gradient is taken, made in one piece of memory."""
+        if torch.is_grad_enabled():
+            return self.extend(F.silu(norm(x)))
+        past = self._take(x, 2)
+        y = x.new_empty(x.shape[0], 2 + x.shape[1], *x.shape[2:])
+        y[:, :2] = past
+        F.silu(norm(x, out=y[:, 2:]), inplace=True)
+        return self._note(y, 2)
 
     def advance(self) -> VAEState:
         """Go on to the next piece, after every layer was met: what was noted is the past now. Returns it."""
@@ -66,24 +72,36 @@ class Stream:
             self._prepared[key] = prepare(*key[1:])
         return self._prepared[key]
 
+    def _take(self, x: Tensor, num_frames: int) -> Tensor:
+        return x.new_zeros(x.shape[0], num_frames, *x.shape[2:]) if self.is_start else next(self._past)
 
-def conv3d(x: Tensor, conv: nn.Conv3d, stream: Stream, stride: int = 1) -> Tensor:
+    def _note(self, x: Tensor, num_frames: int) -> Tensor:
+        if self._keep:
+            self._kept.append(x[:, -num_frames:].clone())
+        return x
+
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor, stream: Stream, stride: int = 1) -> Tensor:
     """`(b, t, h, w, c) -> (b, t', h, w, o)`: `conv3d_plain`, on the path that is fast for x."""
     if x.device.type != "cpu":
-        return conv3d_plain(x, conv.weight, conv.bias, stride)
-    taps, num_out = conv.kernel_size[0], x.shape[1] - 2
+        return conv3d_plain(x, weight, bias, stride)
     exact = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if conv.kernel_size == (3, 3, 3) and num_out in (2, 4) and exact and not torch.is_grad_enabled():
-        return conv3d_minimal(x, stream.prepared(minimal_kernels, conv.weight, num_out), conv.bias)
-    return conv3d_by_taps(x, stream.prepared(stacked_taps, conv.weight), conv.bias, taps, stride)
+    if weight.shape[2:] == (3, 3, 3) and x.shape[1] == 6 and exact and not torch.is_grad_enabled():
+        return conv3d_minimal(x, stream.prepared(minimal_kernels, weight), bias)
+    return conv3d_by_taps(x, stream.prepared(stacked_taps, weight), bias, weight.shape[2], stride)
 
 
 class CausalConv3d(nn.Conv3d):
     """Convolution over the present and the two frames before; over the present alone where its kernel is 1."""
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        """`(b, t, h, w, c) -> (b, t, h, w, o)`."""
-        return conv3d(stream.extend(x) if self.kernel_size[0] > 1 else x, self, stream)
+    def forward(self, x: Tensor, stream: Stream, norm: "RMSNorm | None" = None) -> Tensor:
+        """`(b, t, h, w, c) -> (b, t, h, w, o)`; with a norm, of SiLU(norm(x))."""
+        if self.kernel_size[0] == 1:
+            return conv3d(x, self.weight, self.bias, stream)
+        x = stream.extend(x) if norm is None else stream.extend_activated(x, norm)
+        if stream.is_start and x.shape[1] == 3:
+            return conv3d(x[:, 2:], self.weight[:, :, 2:], self.bias, stream)  # the rest would meet zeros
+        return conv3d(x, self.weight, self.bias, stream)
 
 
 class RMSNorm(nn.Module):
@@ -93,17 +111,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * num_axes))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., c) -> (..., c)`, in float32 inside."""
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """`(..., c) -> (..., c)`, in float32 inside; into `out` where no gradient is taken."""
         wide = x.float()
-        gamma = self.gamma.flatten() * x.shape[-1] ** 0.5
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
-        return ((wide / norm) * gamma).to(x.dtype)
-
-
-def silu(x: Tensor) -> Tensor:
-    """SiLU of a tensor that nobody else holds: in place where no gradient is taken."""
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+        scale = x.shape[-1] ** 0.5 / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+        gamma = self.gamma.flatten()
+        if out is None:
+            return (wide * scale * gamma).to(x.dtype)
+        return torch.mul(wide, scale, out=out).mul_(gamma)
 
 
 class ResidualBlock(nn.Module):
@@ -120,8 +135,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """`(b, t, h, w, c) -> (b, t, h, w, o)`."""
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, stream)
-        x = self.conv1(silu(self.norm1(x)), stream)
-        return self.conv2(silu(self.norm2(x)), stream) + shortcut
+        x = self.conv2(self.conv1(x, stream, self.norm1), stream, self.norm2)
+        return x + shortcut if torch.is_grad_enabled() else x.add_(shortcut)
 
 
 class AttentionBlock(nn.Module):
@@ -191,7 +206,7 @@ class Downsample(nn.Module):
         x = stream.extend(x, 1)[:, first.shape[1] :]
         if x.shape[1] == 1:
             return first
-        return torch.cat([first, conv3d(x, self.time_conv, stream, stride=2)], 1)
+        return torch.cat([first, conv3d(x, self.time_conv.weight, self.time_conv.bias, stream, stride=2)], 1)
 
 
 class UpBlock(nn.Module):

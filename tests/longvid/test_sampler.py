@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def reference_clip(folder, embeds: list[torch.Tensor], noises: list[torch.Tensor], fresh: list[torch.Tensor], **arguments):
+def reference_clip(folder, embeds, noises, fresh, **arguments) -> torch.Tensor:
     """What diffusers makes of the noise that each window begins with, and the fresh noise of each row's condition.
 
     Two of its doings are put right. It turns a causal mask on with the block size, and the weights are bidirectional.
@@ -93,7 +93,6 @@ def test_a_whole_clip_is_diffusers(folder, method, windows, arguments):
     ours = whole(dict(sample(plan, dit, texts_of(dit, *embeds), noise, fps=FPS)))
     theirs = reference_clip(folder, embeds, noises, fresh, **arguments)
     assert ours.shape == theirs.shape and (ours - begin).norm() > 0.5 * begin.norm()
-    print("DIFF", ((ours - theirs).norm() / theirs.norm()).item(), ((ours-theirs).abs().max()/theirs.std()).item())
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
@@ -116,7 +115,6 @@ def test_a_bfloat16_model_keeps_latents_and_solver_in_float32(folder, monkeypatc
         assert dit.proj_dtype == kept[0].keys.dtype == kept[0].values.dtype == dtype
         clips.append(whole(dict(sample(plan, dit, prompts, noise_of(plan, 0, 16, 4, 6), fps=FPS))))
     assert seen == {torch.float32} == {clip.dtype for clip in clips}
-    print("BF16", ((clips[0] - clips[1]).norm() / clips[0].norm()).item())
     assert 0 < (clips[0] - clips[1]).norm() < 0.1 * clips[0].norm()
 
 
@@ -209,7 +207,8 @@ class Stub(torch.nn.Module):
     def __init__(self, plan, velocity, spoil=lambda p, v: v):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.levels = {round(t, 2): level for t, level in zip(plan.schedule.timesteps, plan.schedule.levels, strict=True)}
+        timesteps = [round(timestep, 2) for timestep in plan.schedule.timesteps]
+        self.levels = dict(zip(timesteps, plan.schedule.levels, strict=True))
         self.velocity, self.spoil = velocity, spoil
 
     def forward(self, x, timesteps, p, context, *, fps):
@@ -227,13 +226,15 @@ def stub_clip(plan, noise, velocity=gaussian_velocity, **what):
 @pytest.mark.parametrize("solver", Solver)
 @pytest.mark.parametrize("name", METHODS)
 def test_samples_are_distributed_as_the_data(name, solver):
-    method = replace(METHODS[name](num_steps=32), solver=solver)
+    method = replace(METHODS[name](num_steps=32, flow_shift=1.0, guidance_scale=1.0), solver=solver)
     plan = make_plan(method, 30)
     noise = noise_of(plan, 0, 4, 16, 16)
     clip = whole(dict(stub_clip(plan, noise, consistent_velocity if solver is Solver.RENOISE else gaussian_velocity)))
     z = torch.cat([noise(block, None) for block in range(len(plan.block_sizes))], 2)
-    error = (clip - (MU + S * z)).abs().max().item()
-    print("GAUSS", name, solver, error, clip.mean().item() - MU, clip.var().item() / S**2 - 1, (z.mean().item(), z.var().item()))
+    assert abs(clip.mean() - MU) < 5 * S * clip.numel() ** -0.5
+    assert abs(clip.var() / S**2 - 1) < (0.15 if solver is Solver.EULER else 0.05)
+    if solver is not Solver.RENOISE:
+        assert (clip - (MU + S * z)).abs().max() < (0.1 if solver is Solver.EULER else 0.01)
 
 
 def test_few_steps_of_a_distilled_model_are_enough():
@@ -250,7 +251,7 @@ def test_few_steps_of_a_distilled_model_are_enough():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", [Kind.CAUSAL, Kind.JOINT])
 def test_latents_that_stop_being_finite_are_named(kind, value):
-    """The first, though in a joint pass it spreads at once and an older block leaves before."""
+    """The first: in a joint pass it spreads at once, and an older block would leave before."""
 
     def spoil(p, velocity):
         for cover, part in zip(p.covers, velocity.split([c.stop - c.start for c in p.covers], 2), strict=True):
@@ -265,7 +266,7 @@ def test_latents_that_stop_being_finite_are_named(kind, value):
     clip, left = stub_clip(plan, noise_of(plan, 0, 4, 2, 2), spreading, spoil=spoil), []
     with pytest.raises(FloatingPointError, match="block 2 are not finite after step 1$"):
         left.extend(block for block, _ in clip)
-    assert left == ([0, 1] if kind is Kind.CAUSAL else [])
+    assert left == ([0, 1] if kind is Kind.CAUSAL else [0])
 
 
 def test_blocks_leave_as_soon_as_they_are_clean():

@@ -138,10 +138,10 @@ def test_fast_convolutions_are_the_plain_one(frames, kernel):
         expected = conv3d_plain(x, weight, bias, stride)
         fast = conv3d_by_taps(x, stacked_taps(weight), bias, 3, stride)
         torch.testing.assert_close(fast, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
-    if frames in (4, 6):
-        fast = conv3d_minimal(x, minimal_kernels(weight, frames - 2), bias)
+    if frames == 6:
+        fast = conv3d_minimal(x, minimal_kernels(weight), bias)
         expected = conv3d_plain(x.double(), weight.double(), bias.double())
-        assert (fast - expected).abs().max() < 1e-6 * expected.abs().max()
+        assert (fast - expected).abs().max() < 3e-6 * expected.abs().max()
 
 
 def test_a_gradient_reaches_every_parameter():
@@ -153,7 +153,6 @@ def test_a_gradient_reaches_every_parameter():
     F.mse_loss(rebuilt, video).backward()
     for name, parameter in vae.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        # Zeros stand before a video's first frame, so two latents leave nothing for the earlier taps of some layers.
         assert parameter.grad.any(), name
 
 
@@ -201,6 +200,13 @@ def test_configuration_goes_to_a_folder_and_back():
 def test_configuration_is_strict(wrong, word):
     with pytest.raises(ValueError, match=word):
         VAEConfig.from_dict(wrong)
+
+
+def test_attention_in_the_encoder_has_the_references_names():
+    config = VAEConfig(base_dim=4, attn_scales=(0.5, 0.25))  # the reference builds this and cannot run it
+    ours, theirs = VAE(config), AutoencoderKLWan(**config.to_dict())
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert ours.encode(clip(ours, frames=5))[0].shape[2] == 2
 
 
 def test_wrong_sizes_are_refused():
