@@ -123,7 +123,7 @@ def sample(
         sizes = torch.tensor([cover.stop - cover.start for cover in p.covers])
         told = torch.tensor([cover.timestep for cover in p.covers], dtype=torch.float32)
         timesteps = told.repeat_interleave(sizes)[None].to(x.device)
-        lanes[p.lane], features = dit(x, timesteps, text(p), cache.context(p), fps=fps)
+        lanes[p.lane], features = dit(x, timesteps, text(p), cache.context(p), fps=fps, keep=bool(p.writes))
         cache = cache.after(p, features)
         del features  # what the cache has not kept need not live through the next pass
         if p.updates:

@@ -85,11 +85,15 @@ def generate(run: Run, observer: Observer | None = None) -> Iterator[np.ndarray]
 def roll(
     run: Run, plan: Plan, models: Models, ready: list[Latents], observer: Observer, *, shows_ready: bool = True
 ) -> Iterator[np.ndarray]:
-    """Carry the plan out and decode each block as it leaves. Ready blocks are decoded first, for the VAE's state."""
+    """Carry the plan out and decode each block as it leaves. Ready blocks are decoded first, for the VAE's state.
+
+    They leave first, too, if they are a part of the video that is made (`shows_ready`).
+    """
     state: VAEState | None = None
-    for latents in ready:
+    for block, latents in enumerate(ready):
         frames, state = decode(models.vae, latents, state)
         if shows_ready:
+            observer.left(block, latents)
             yield frames
     shape = latent_shape(models, run.height, run.width)
     text: Callable[[Pass], TextFeatures] = lambda p: models.text[p.lane]  # noqa: E731

@@ -269,13 +269,15 @@ class DiT(nn.Module):
         context: Context = Context(),  # noqa: B008  an immutable value
         *,
         fps: int = 24,
+        keep: bool = True,
         mask: Tensor | None = None,
     ) -> tuple[Latents | Tensor, Features]:
         """Velocity of the latents (b, c, f, h, w) and the features that each layer leaves.
 
         A part without the first layer takes hidden states (b, f, h, w, d), one without the last gives them.
         `timesteps` are 1000 sigma per latent. `fps` matters only to models with an fps embedding (16, or anything
-        else: SkyReels-V2 DF-1.3B). `mask` (tokens, tokens) is for training; inference needs none.
+        else: SkyReels-V2 DF-1.3B). Without `keep` the features are dropped layer by layer and none are given: all of a
+        joint window of a 14B model would be 42 GB. `mask` (tokens, tokens) is for training; inference needs none.
         """
         if self.is_first:
             x = rearrange(self.patch_embedding(x.to(self.proj_dtype)), "b d f h w -> b f h w d")
@@ -286,7 +288,9 @@ class DiT(nn.Module):
         features = {}
         for i in self.layers:
             before, after = context.before.get(i), context.after.get(i)
-            x, features[i] = self.blocks[str(i)](x, modulation, text[i], before, after, turn, mask)
+            x, left = self.blocks[str(i)](x, modulation, text[i], before, after, turn, mask)
+            if keep:
+                features[i] = left
         return (self._unembed(x, time) if self.is_last else x), features
 
     @property

@@ -211,7 +211,7 @@ class Stub(torch.nn.Module):
         self.levels = dict(zip(timesteps, plan.schedule.levels, strict=True))
         self.velocity, self.spoil = velocity, spoil
 
-    def forward(self, x, timesteps, p, context, *, fps):
+    def forward(self, x, timesteps, p, context, *, fps, keep):
         levels = [self.levels.get(round(t, 2), t / 1000) for t in timesteps[0].tolist()]
         velocity = self.velocity(x, torch.tensor(levels).view(1, 1, -1, 1, 1))
         features = torch.zeros(1, x.shape[2], 1, 1, 1)

@@ -18,7 +18,7 @@ from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE, VAEConfig
 from pipelines import cli
 
-HEIGHT, WIDTH, FPS = 16, 24, 8
+HEIGHT, WIDTH, FPS = 16, 32, 8
 TOKENS = 40
 """What the random model's text encoder takes: a byte each, and the end mark."""
 
@@ -105,9 +105,7 @@ def save_film(path, num_frames, height=HEIGHT, width=WIDTH, fps=FPS, shade=0):
 def load(path):
     """Every frame of a video, uint8 (n, height, width, 3)."""
     reader = decord.VideoReader(str(path), decord.cpu(0))
-    frames = reader.get_batch(range(len(reader))).asnumpy()
-    n, height, width, _ = frames.shape
-    return frames.reshape(n, height, -1)[:, :, : 3 * width].reshape(n, height, width, 3)  # decord leaves padding in
+    return reader.get_batch(range(len(reader))).asnumpy()
 
 
 def read_json(path):

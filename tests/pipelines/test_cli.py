@@ -13,7 +13,7 @@ from longvid.plan import num_latents_of, rolling_steps
 from pipelines import cli
 from pipelines.configure import configure
 from pipelines.methods import METHODS
-from tests.pipelines.conftest import FPS, film, load, read_json
+from tests.pipelines.conftest import FPS, HEIGHT, WIDTH, film, load, read_json
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--num-inference-steps", 2)
@@ -96,7 +96,7 @@ def test_seconds_are_rounded_up_to_whole_latents(model):
 
 def test_what_is_left_out_is_the_models(model, own_model):
     run = configure(model=model)
-    assert (run.method.name, run.height, run.width, run.fps, run.num_frames) == ("rolling", 16, 24, FPS, 17)
+    assert (run.method.name, run.height, run.width, run.fps, run.num_frames) == ("rolling", HEIGHT, WIDTH, FPS, 17)
     assert configure(model=model, seed=4, num_frames=5).seed == 4
     assert configure(model=model).seed != configure(model=model).seed
     (own_model / "longvid.json").write_text('{"height": 64}')

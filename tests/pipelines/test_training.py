@@ -12,7 +12,7 @@ from longvid.models.vae import VAE, VAEConfig
 from pipelines import film_latents, train_dit, train_vae
 from pipelines.film_latents import RUN, SINK, FilmLatents, encode_film, film_at, make_latents
 from pipelines.optimise import LoopConfig
-from pipelines.train_dit import TINY_DIT, DiTTraining, dit_loss, draw_layout
+from pipelines.train_dit import TINY_DIT, DiTTraining, dit_loss, draw_layout, first_block_layout
 from pipelines.train_text import caption_batch
 from pipelines.train_vae import TINY_VAE, VAETraining, film_crops, vae_loss
 
@@ -87,6 +87,13 @@ def test_layouts_are_those_of_inference():
         joint += layout.mask is None
         images += layout.sizes[0] == 1
     assert 0.1 < joint / 300 < 0.3 and 0.08 < images / 300 < 0.25
+
+
+def test_first_blocks_alone_have_a_level_each(tmp_path):
+    config = DiTTraining(loop=loop(tmp_path))
+    layout = first_block_layout(np.random.default_rng(0), config, 7)
+    assert layout.sizes == (SINK,) and layout.mask is None and layout.levels.shape == (7, SINK)
+    assert (layout.levels == layout.levels[:, :1]).all() and len(layout.levels[:, 0].unique()) == 7
 
 
 def test_dit_loss_counts_noisy_latents_only_and_reaches_every_parameter():
