@@ -125,7 +125,7 @@ def test_plans_are_printed(longvid, here, name, image):
     lines = text.out.splitlines()
     assert lines[0].startswith(f"method {name}: ") and "33 frames = 9 latents" in lines[1]
     rows = [list(map(int, line.split("|")[1].split())) for line in lines if "|" in line]
-    assert rows == plan["matrix"]
+    assert rows == plan["matrix"] and f"matrix: {len(rows)} rows" in text.out
     assert sum(line.startswith("tick ") for line in lines) == len(plan["passes"])
 
 
