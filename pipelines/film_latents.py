@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longvid import worlds
+from longvid.captions import caption
 from longvid.models.vae import VAE
 
 SINK = 3
@@ -90,5 +91,5 @@ class FilmLatents:
             offset = 0 if rng.uniform() < 0.4 else int(rng.integers(0, RUN - run + 1))
             latents = self.latents[i]
             clips.append(torch.cat([latents[:, :SINK], latents[:, SINK + offset : SINK + offset + run]], 1))
-            captions.append(worlds.caption(self.films[i].world, rng))
+            captions.append(caption(self.films[i].world, rng))
         return torch.stack(clips).float(), captions

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvid import worlds
+from longvid.captions import caption
 from longvid.models.text import TextEncoder, make_small_text_encoder
 from pipelines.optimise import LoopConfig, optimise
 
@@ -47,7 +48,7 @@ def caption_batch(rng: np.random.Generator, count: int) -> tuple[list[str], dict
     films = [worlds.sample_world(rng) for _ in range(count)]
     said = [worlds.attributes(film) for film in films]
     labels = {name: torch.tensor([one[name] for one in said]) for name in worlds.ATTRIBUTES}
-    return [worlds.caption(film, rng) for film in films], labels
+    return [caption(film, rng) for film in films], labels
 
 
 def train_text(config: TextTraining, *, resume: bool = False) -> Iterator[dict]:

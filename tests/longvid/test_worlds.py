@@ -5,20 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from longvid.captions import MAX_CAPTION_BYTES, NOUNS, VERBS, caption
 from longvid.worlds import (
     ATTRIBUTES,
     BACKGROUND_COLOURS,
     BACKGROUNDS,
     COLOURS,
-    MAX_CAPTION_BYTES,
     MOTIONS,
-    NOUNS,
     SHAPES,
-    VERBS,
     Thing,
     World,
     attributes,
-    caption,
     draw,
     pose,
     sample_world,
