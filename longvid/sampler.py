@@ -15,7 +15,7 @@ from longvid.noise import block_noise, coordinated_noise
 from longvid.passes import Cover, Pass
 from longvid.plan import Plan
 from longvid.schedule import Noise
-from longvid.types import Latents
+from longvid.types import Latents, Timesteps
 
 NoiseOf = Callable[[int, int | None], Latents]
 """Noise of (block, step); step None is the noise that the block begins with."""
@@ -99,6 +99,13 @@ class Queue:
         self.finite[block, step] = x.isfinite().all()
 
 
+def timesteps_of(p: Pass, device: torch.device) -> Timesteps:
+    """What the model is told of each latent of a pass, (1, f)."""
+    sizes = torch.tensor([cover.stop - cover.start for cover in p.covers])
+    told = torch.tensor([cover.timestep for cover in p.covers], dtype=torch.float32)
+    return told.repeat_interleave(sizes)[None].to(device)
+
+
 @torch.no_grad()
 def sample(
     plan: Plan,
@@ -120,9 +127,7 @@ def sample(
     queue = Queue(plan, noise, next(dit.parameters()).device, ready)
     for p in plan.passes:
         x = queue.gather(p)
-        sizes = torch.tensor([cover.stop - cover.start for cover in p.covers])
-        told = torch.tensor([cover.timestep for cover in p.covers], dtype=torch.float32)
-        timesteps = told.repeat_interleave(sizes)[None].to(x.device)
+        timesteps = timesteps_of(p, x.device)
         lanes[p.lane], features = dit(x, timesteps, text(p), cache.context(p), fps=fps, keep=bool(p.writes))
         cache = cache.after(p, features)
         del features  # what the cache has not kept need not live through the next pass

@@ -86,7 +86,7 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
     train.add_argument("part", choices=["vae", "text", "latents", "dit", "pack"],
                        help="in this order; latents encodes films once, pack writes the model folder")  # fmt: skip
     train.add_argument("--out", metavar="DIR", required=True, help="the training folder, the same for all parts")
-    train.add_argument("--steps", type=int, metavar="N", help="training steps (latents: films)")
+    train.add_argument("--steps", type=int, metavar="N", help="training steps (latents: films of each set, at most)")
     train.add_argument("--batch-size", type=int, metavar="N")
     train.add_argument("--learning-rate", type=float, metavar="R")
     train.add_argument("--seed", type=int, default=0, metavar="N")

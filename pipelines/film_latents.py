@@ -1,8 +1,11 @@
 """Procedural films as latents on disk, encoded once: what the DiT is trained on.
 
-A film is stored as the first latents of its video (the sink) and a run of latents from later on. In every second film
-the run follows directly; in the others it is cut out of the film's next minutes, since that is what a model sees at
-inference: the sink, a gap, and the recent past.
+Three sets, since what is hardest to learn is how a video begins, from nothing but text: pictures (first latents) by
+the ten thousand, openings (a first block and the next) by the thousand, and long films by the hundred.
+
+A long film is stored as the first latents of its video (the sink) and a run of latents from later on. In every second
+film the run follows directly; in the others it is cut out of the film's next minutes, since that is what a model sees
+at inference: the sink, a gap, and the recent past.
 """
 
 from collections.abc import Iterator
@@ -25,6 +28,22 @@ FURTHEST = 240
 
 
 @dataclass(frozen=True, kw_only=True)
+class FilmSet:
+    """Films of one length; `first` is the address of the first, so that no two sets share a film."""
+
+    name: str
+    first: int
+    num_films: int
+    num_latents: int
+
+
+PICTURES = FilmSet(name="pictures", first=100_000, num_films=20_000, num_latents=1)
+OPENINGS = FilmSet(name="openings", first=200_000, num_films=7_000, num_latents=4)
+LONG = FilmSet(name="long", first=0, num_films=3_000, num_latents=SINK + RUN)
+FILM_SETS = (PICTURES, OPENINGS, LONG)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Film:
     """A world and the index of the first latent of its run."""
 
@@ -40,12 +59,12 @@ def film_at(seed: int, index: int) -> Film:
 
 
 @torch.no_grad()
-def encode_film(vae: VAE, film: Film) -> Tensor:
-    """Normalised latents (c, SINK + RUN, h, w): the sink, then the run."""
-    if film.start == SINK:
-        return _encode(vae, film.world, 0, SINK + RUN)[0]
+def encode_film(vae: VAE, film: Film, num_latents: int) -> Tensor:
+    """Normalised latents (c, num_latents, h, w): the film's first ones, or a sink and a run where it is long."""
+    if num_latents <= SINK + 1 or film.start == SINK:
+        return _encode(vae, film.world, 0, num_latents)[0]
     sink = _encode(vae, film.world, 0, SINK)
-    run = _encode(vae, film.world, film.start - WARM_UP, WARM_UP + RUN)[:, :, WARM_UP:]
+    run = _encode(vae, film.world, film.start - WARM_UP, WARM_UP + num_latents - SINK)[:, :, WARM_UP:]
     return torch.cat([sink, run], 2)[0]
 
 
@@ -56,40 +75,47 @@ def _encode(vae: VAE, world: worlds.World, first: int, count: int) -> Tensor:
     return vae.encode(video)[0]
 
 
-def make_shard(path: Path, vae: VAE, seed: int, indices: range) -> None:
+def make_shard(path: Path, vae: VAE, seed: int, indices: range, num_latents: int) -> None:
     """Encode the films of a range of addresses into one safetensors file (bfloat16)."""
-    latents = torch.stack([encode_film(vae, film_at(seed, i)).bfloat16() for i in indices])
+    latents = torch.stack([encode_film(vae, film_at(seed, i), num_latents).bfloat16() for i in indices])
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
     save_file({"latents": latents, "indices": torch.tensor(list(indices))}, aside)
     aside.rename(path)
 
 
-def make_latents(folder: Path, vae: VAE, seed: int, num_films: int, shard: int = 100) -> Iterator[int]:
-    """Encode films until `folder` holds `num_films`, yielding the count; shards that are there are kept."""
+def make_latents(folder: Path, vae: VAE, seed: int, films: FilmSet, num_films: int, shard: int = 100) -> Iterator[int]:
+    """Encode a set's films until its folder holds `num_films`, yielding the count; shards that are there are kept."""
     for start in range(0, num_films, shard):
-        path = folder / f"{start:06d}.safetensors"
+        path = folder / films.name / f"{start:06d}.safetensors"
         if not path.exists():
-            make_shard(path, vae, seed, range(start, min(start + shard, num_films)))
+            indices = range(films.first + start, films.first + min(start + shard, num_films))
+            make_shard(path, vae, seed, indices, films.num_latents)
         yield min(start + shard, num_films)
 
 
 class FilmLatents:
-    """All films of a folder in memory."""
+    """All films of a set in memory."""
 
-    def __init__(self, folder: Path, seed: int):
-        shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    def __init__(self, folder: Path, seed: int, films: FilmSet):
+        shards = [load_file(path) for path in sorted((folder / films.name).glob("*.safetensors"))]
         if not shards:
-            raise ValueError(f"{folder} holds no latents; make them with: longvid train latents --out {folder}")
+            raise ValueError(
+                f"{folder / films.name} holds no latents; make them with: longvid train latents --out {folder.parent}"
+            )
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.films = [film_at(seed, int(i)) for shard in shards for i in shard["indices"]]
 
-    def sample(self, rng: np.random.Generator, count: int, run: int) -> tuple[Tensor, list[str]]:
-        """Clips of `SINK + run` latents (count, c, f, h, w), float32, and captions for them."""
-        clips, captions = [], []
-        for i in rng.integers(0, len(self.films), count):
-            offset = 0 if rng.uniform() < 0.4 else int(rng.integers(0, RUN - run + 1))
-            latents = self.latents[i]
+    def sample(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
+        """Films (count, c, f, h, w), float32, and a caption for each."""
+        chosen = rng.integers(0, len(self.films), count)
+        return self.latents[torch.from_numpy(chosen)].float(), [caption(self.films[i].world, rng) for i in chosen]
+
+    def sample_runs(self, rng: np.random.Generator, count: int, run: int) -> tuple[Tensor, list[str]]:
+        """Clips of `SINK + run` latents of long films, half of them without a gap of their own making."""
+        whole, captions = self.sample(rng, count)
+        clips = []
+        for latents in whole:
+            offset = 0 if rng.uniform() < 0.5 else int(rng.integers(0, RUN - run + 1))
             clips.append(torch.cat([latents[:, :SINK], latents[:, SINK + offset : SINK + offset + run]], 1))
-            captions.append(caption(self.films[i].world, rng))
-        return torch.stack(clips).float(), captions
+        return torch.stack(clips), captions

@@ -12,7 +12,7 @@ from longvid.checkpoints.diffusers_folder import save_folder, scheduler_config
 from longvid.models.dit import DiT
 from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE, VAEConfig
-from pipelines.film_latents import FilmLatents, make_latents
+from pipelines.film_latents import FILM_SETS, FilmLatents, make_latents
 from pipelines.optimise import LoopConfig
 from pipelines.train_dit import TINY_DIT, DiTTraining, train_dit
 from pipelines.train_text import TextTraining, train_text
@@ -24,8 +24,6 @@ RECIPE = {
     "dit": {"steps": 5000, "batch_size": 16, "learning_rate": 2.5e-3},
 }
 """How the embedded model is trained; its card says how it was."""
-
-NUM_FILMS = 3000
 
 TINY_DEFAULTS = {
     "name": "tiny", "method": "rolling", "height": 128, "width": 128, "fps": 16, "num_frames": 961,
@@ -50,8 +48,11 @@ def train(
     Raises ValueError if a part that it needs has not been trained, or a checkpoint is of another configuration.
     """
     if part == "latents":
-        for count in make_latents(out / "latents", load_vae(out), seed, steps or NUM_FILMS):
-            yield {"films": count}
+        vae = load_vae(out)
+        for films in FILM_SETS:
+            wanted = min(films.num_films, steps or films.num_films)
+            for count in make_latents(out / "latents", vae, seed, films, wanted):
+                yield {"set": films.name, "films": count}
         return
     if part == "pack":
         yield pack(out, model)
@@ -70,8 +71,8 @@ def train(
     elif part == "text":
         records = train_text(TextTraining(loop=loop), resume=resume)
     else:
-        films, text = FilmLatents(out / "latents", seed), load_text(out)
-        records = train_dit(DiTTraining(loop=loop), films, text, resume=resume)
+        sets = {films.name: FilmLatents(out / "latents", seed, films) for films in FILM_SETS}
+        records = train_dit(DiTTraining(loop=loop), sets, load_text(out), resume=resume)
     for record in records:
         if part in record:
             _save_part(part, record[part], loop.out)

@@ -1,11 +1,13 @@
 """Train the embedded model's DiT: flow matching with a level per block, block-causal or joint.
 
-Half of the batches take their levels from rows of the rolling matrix, the other half at random per block. Most see
-context as causal inference does (a block sees itself and what is before), some attend jointly, so that one model
-serves both kinds of method. The prompt is dropped for a share of the clips, for guidance.
+A batch is of one of three kinds. Pictures are first latents alone, each with four levels of noise at once: that is
+where a model learns to follow its text, and a step sees 256 of them. Openings are a first block and the next, which
+must begin to move as the text says. Long clips take their levels from rows of the rolling matrix or at random per
+block; most see context as causal inference does, some attend jointly, so that one model serves both kinds of method.
+The prompt is dropped for a share of the clips, for guidance.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +18,7 @@ from longvid.flow import add_noise, velocity_target
 from longvid.levels import block_causal_mask, iid_levels, per_latent, soil, staircase_levels
 from longvid.models.dit import SKYREELS, DiT, DiTConfig
 from longvid.models.text import TextEncoder
-from pipelines.film_latents import SINK, FilmLatents
+from pipelines.film_latents import LONG, OPENINGS, PICTURES, FilmLatents
 from pipelines.optimise import LoopConfig, optimise
 
 TINY_DIT = DiTConfig(
@@ -25,99 +27,156 @@ TINY_DIT = DiTConfig(
 )  # fmt: skip
 """Shape of the embedded DiT."""
 
+COPIES = 4
+"""Levels of noise at which a picture is seen in one step."""
+
+CLEAN = 0.06
+"""Shifted level up to which a latent counts as context: its velocity is not asked for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTTraining:
     """Shares are of batches, except `start_share` and `drop_text`, which are of clips.
 
-    That a video begins right matters most, since all that follows is made after it, and is hardest: nothing but the
-    text helps. So `start_share` of the clips have no clean block, and `first_share` of the batches are first blocks
-    alone, four times as many clips for less work.
+    `loop.batch_size` counts long clips; batches of pictures and of openings hold four times as many films, for about
+    as much work. `start_share` of the long clips have no clean block.
     """
 
     loop: LoopConfig
     run: int = 12
     shift: float = 2.0
-    staircase_share: float = 0.5
-    joint_share: float = 0.2
-    image_share: float = 0.15
-    start_share: float = 0.6
-    first_share: float = 0.4
+    picture_share: float = 0.42
+    opening_share: float = 0.37
+    staircase_share: float = 0.7
+    joint_share: float = 0.15
+    start_share: float = 0.3
     drop_text: float = 0.1
     worst_context: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Block sizes of a batch's clips, its levels (b, f), and the mask (None: joint)."""
+class Batch:
+    """Clean latents (b, c, f, h, w), their captions, a level per latent (b, f) and the mask (None: joint)."""
 
-    sizes: tuple[int, ...]
+    clean: Tensor
+    captions: list[str]
     levels: Tensor
     mask: Tensor | None
 
 
-def draw_layout(rng: np.random.Generator, config: DiTTraining, tokens_per_latent: int) -> Layout:
-    """Blocks mostly of 3 latents; the first is the sink, or a single latent as where a video starts from an image."""
-    num_latents = SINK + config.run
-    first = 1 if rng.uniform() < config.image_share else SINK
-    size = int(rng.choice([3, 2, 4, 6], p=[0.7, 0.1, 0.1, 0.1]))
-    sizes = [first]
-    while sum(sizes) < num_latents:
-        sizes.append(min(size, num_latents - sum(sizes)))
+def draw_batch(rng: np.random.Generator, config: DiTTraining, films: Mapping[str, FilmLatents]) -> Batch:
+    """A batch of a kind drawn by the shares; `films` by name of the set."""
+    kind = rng.uniform()
+    if kind < config.picture_share:
+        return picture_batch(rng, config, films[PICTURES.name])
+    if kind < config.picture_share + config.opening_share:
+        return opening_batch(rng, config, films[OPENINGS.name])
+    return long_batch(rng, config, films[LONG.name])
+
+
+def picture_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents) -> Batch:
+    """First latents, `COPIES` times side by side on the time axis, each copy blind to the others.
+
+    The levels of a picture's copies are spread evenly, so that each step sees all levels.
+    """
+    clean, captions = films.sample(rng, 4 * config.loop.batch_size)
+    spread = (np.arange(COPIES) + rng.uniform(size=(len(clean), COPIES))) / COPIES
+    levels = torch.stack([per_latent(row, (1,) * COPIES, config.shift) for row in spread])
+    owner = torch.arange(COPIES).repeat_interleave(tokens_per_latent(clean))
+    mask = owner[:, None] == owner[None, :]
+    return Batch(clean=clean.expand(-1, -1, COPIES, -1, -1), captions=captions, levels=levels, mask=mask)
+
+
+def opening_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents) -> Batch:
+    """A first block of one latent and the next, mostly with the first one clean or nearly so."""
+    clean, captions = films.sample(rng, 4 * config.loop.batch_size)
+    sizes = (1, clean.shape[2] - 1)
+    rows = []
+    for _ in range(len(clean)):
+        kind = rng.uniform()
+        if kind < 0.55:
+            levels = np.array([rng.uniform(0, 0.05) if rng.uniform() < 0.6 else 0.0, rng.uniform()])
+        elif kind < 0.8:
+            levels = staircase_levels(rng, 2)
+        else:
+            level = rng.uniform()
+            levels = np.array([level, min(1.0, level + 1 / 16)])
+        rows.append(per_latent(levels, sizes, config.shift))
+    mask = block_causal_mask(sizes, tokens_per_latent(clean))
+    return Batch(clean=clean, captions=captions, levels=torch.stack(rows), mask=mask)
+
+
+def long_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents) -> Batch:
+    """Sink, gap and run in blocks as at inference: the first latent, and then three each."""
+    clean, captions = films.sample_runs(rng, config.loop.batch_size, config.run)
+    sizes = block_sizes(rng, clean.shape[2])
     draw = staircase_levels if rng.uniform() < config.staircase_share else iid_levels
     rows = []
-    for _ in range(config.loop.batch_size):
+    for _ in range(len(clean)):
         if rng.uniform() < config.start_share:
             levels = draw(rng, len(sizes))
         else:
-            clean = int(rng.integers(1, len(sizes)))
-            levels = np.concatenate([np.zeros(clean), draw(rng, len(sizes) - clean)])
+            num_clean = int(rng.integers(1, len(sizes)))
+            levels = np.concatenate([np.zeros(num_clean), draw(rng, len(sizes) - num_clean)])
         rows.append(per_latent(soil(rng, levels, config.worst_context), sizes, config.shift))
-    mask = None if rng.uniform() < config.joint_share else block_causal_mask(sizes, tokens_per_latent)
-    return Layout(sizes=tuple(sizes), levels=torch.stack(rows), mask=mask)
+    is_joint = rng.uniform() < config.joint_share
+    mask = None if is_joint else block_causal_mask(sizes, tokens_per_latent(clean))
+    return Batch(clean=clean, captions=captions, levels=torch.stack(rows), mask=mask)
 
 
-def first_block_layout(rng: np.random.Generator, config: DiTTraining, count: int) -> Layout:
-    """First blocks alone, each clip at a level of its own."""
-    levels = [per_latent(iid_levels(rng, 1), (SINK,), config.shift) for _ in range(count)]
-    return Layout(sizes=(SINK,), levels=torch.stack(levels), mask=None)
+def block_sizes(rng: np.random.Generator, num_latents: int) -> tuple[int, ...]:
+    """The first latent, then blocks of 3, of which the first or the last is what remains."""
+    full, rest = divmod(num_latents - 1, 3)
+    short = (rest,) if rest else ()
+    blocks = (3,) * full
+    return (1, *blocks, *short) if rng.uniform() < 0.4 else (1, *short, *blocks)
 
 
-def dit_loss(dit: DiT, clean: Tensor, text: Tensor, layout: Layout, noise: Tensor) -> dict[str, Tensor]:
+def tokens_per_latent(latents: Tensor) -> int:
+    """Tokens that the DiT makes of a latent."""
+    _, height, width = TINY_DIT.patch_size
+    return latents.shape[-2] // height * (latents.shape[-1] // width)
+
+
+def dit_loss(dit: DiT, batch: Batch, text: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """Weighted mean squared error of the velocity over latents that carry noise (arXiv 2210.02747, section 4).
 
-    A place counts by how much its latents move in time, so that a small thing before a large background is learned.
+    A place counts by how far it stands out from its picture and moves in time, so that a small thing before a large
+    background is learned.
     """
-    noisy = add_noise(clean, noise, layout.levels)
+    clean, levels = batch.clean, batch.levels
+    noisy = add_noise(clean, noise, levels)
     with torch.autocast("cpu", torch.bfloat16):
-        velocity, _ = dit(noisy, 1000 * layout.levels, dit.text_features(text), mask=layout.mask)
+        velocity, _ = dit(noisy, 1000 * levels, dit.text_features(text), mask=batch.mask, keep=False)
     error = (velocity.float() - velocity_target(clean, noise)).square().mean(1)
-    motion = clean.std(2).mean(1)
-    places = 0.5 + 0.5 * motion / motion.mean((1, 2), keepdim=True).clamp(min=1e-6)
-    error = (error * places[:, None]).mean((2, 3))
-    weight = (layout.levels > 0).float()
+    error = (error * places(clean)).mean((2, 3))
+    weight = (levels > CLEAN).float()
     return {"loss": (error * weight).sum() / weight.sum().clamp(min=1)}
 
 
-def train_dit(config: DiTTraining, films: FilmLatents, text: TextEncoder, *, resume: bool = False) -> Iterator[dict]:
+def places(clean: Tensor) -> Tensor:
+    """Weight of each place (b, f, h, w), 1 on average or a little less."""
+    median = clean.flatten(3).median(3).values[..., None, None]
+    salience = (clean - median).abs().mean(1) + 2 * clean.std(2, correction=0).mean(1)[:, None]
+    mean = salience.mean((2, 3), keepdim=True).clamp(min=1e-6)
+    return 0.5 + 0.5 * (salience / mean).clamp(max=4)
+
+
+def train_dit(
+    config: DiTTraining, films: Mapping[str, FilmLatents], text: TextEncoder, *, resume: bool = False
+) -> Iterator[dict]:
     """Train, yielding log records; the last one holds the model as `dit`."""
     torch.manual_seed(config.loop.seed)
     dit = DiT(TINY_DIT)
     _start_at_zero(dit)
-    tokens_per_latent = films.latents.shape[-1] * films.latents.shape[-2] // 4
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((config.loop.seed, step))
-        if rng.uniform() < config.first_share:
-            clean, captions = films.sample(rng, 4 * config.loop.batch_size, 0)
-            layout = first_block_layout(rng, config, len(captions))
-        else:
-            clean, captions = films.sample(rng, config.loop.batch_size, config.run)
-            layout = draw_layout(rng, config, tokens_per_latent)
-        captions = ["" if rng.uniform() < config.drop_text else caption for caption in captions]
+        batch = draw_batch(rng, config, films)
+        captions = ["" if rng.uniform() < config.drop_text else caption for caption in batch.captions]
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        noise = torch.randn(clean.shape, generator=generator)
-        return dit_loss(dit, clean, text(*captions), layout, noise)
+        noise = torch.randn(batch.clean.shape, generator=generator)
+        return dit_loss(dit, batch, text(*captions), noise)
 
     yield from optimise(dit, loss_at, config.loop, resume=resume)
     yield {"dit": dit}

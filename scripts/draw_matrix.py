@@ -44,7 +44,7 @@ class Grid:
 def small_plan(lag: int) -> Plan:
     """The preset `rolling` at another lag, with few steps and evenly spaced levels."""
     method = rolling(num_steps=NUM_STEPS, lag=lag, flow_shift=1.0)
-    return make_plan(method, NUM_BLOCKS * method.block_size)
+    return make_plan(method, method.first_block_size + (NUM_BLOCKS - 1) * method.block_size)
 
 
 def queue_of(plan: Plan) -> set[tuple[int, int]]:

@@ -8,6 +8,7 @@ in order and a 1x1x1 convolution is a matrix product. Parameter names and shapes
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -25,12 +26,21 @@ from longvid.models.vae_conv import (
     upsample_conv2d,
 )
 
-VAEState = tuple[Tensor, ...]
-"""The last input frames, `(b, 2 or 1, h, w, c)`, of every causal layer in the order in which a call meets them."""
+
+class VAEState(NamedTuple):
+    """What a call leaves to the next one of its stream.
+
+    `past` holds the last input frames, `(b, 2 or 1, h, w, c)`, of every causal layer in the order in which a call meets
+    them. `kernels` are weights in the form in which the CPU's paths want them, for speed alone: what is kept of a
+    stream for later is `past`.
+    """
+
+    past: tuple[Tensor, ...]
+    kernels: dict[tuple, Tensor]
 
 
 class Stream:
-    """One call's walk through the causal layers: hands each its past and notes what it will ask for next time.
+    """A walk through the causal layers: hands each its past and notes what it will ask for next time.
 
     Args:
         state: what the call before returned; None at the start of a video, where the past is zero.
@@ -39,10 +49,10 @@ class Stream:
 
     def __init__(self, state: VAEState | None = None, *, keep: bool = True):
         self.is_start = state is None
-        self._past = iter(state or ())
+        self._past = iter(state.past if state else ())
         self._keep = keep
         self._kept: list[Tensor] = []
-        self._prepared: dict[tuple, Tensor] = {}
+        self._kernels: dict[tuple, Tensor] = state.kernels if state else {}
 
     def extend(self, x: Tensor, num_frames: int = 2) -> Tensor:
         """`(b, t, h, w, c)` with `num_frames` frames of the past before it; its own last ones are noted."""
@@ -61,16 +71,16 @@ class Stream:
     def advance(self) -> VAEState:
         """Go on to the next piece, after every layer was met: what was noted is the past now. Returns it."""
         assert self._keep and next(self._past, None) is None
-        state, self._kept = tuple(self._kept), []
-        self.is_start, self._past = False, iter(state)
+        state, self._kept = VAEState(tuple(self._kept), self._kernels), []
+        self.is_start, self._past = False, iter(state.past)
         return state
 
     def prepared(self, prepare: Callable[..., Tensor], weight: Tensor, *args: int) -> Tensor:
-        """`prepare(weight, *args)`, once per call: within one, weights do not change."""
+        """`prepare(weight, *args)`, once per stream: within one, weights do not change."""
         key = (prepare, weight, *args)
-        if key not in self._prepared:
-            self._prepared[key] = prepare(*key[1:])
-        return self._prepared[key]
+        if key not in self._kernels:
+            self._kernels[key] = prepare(*key[1:])
+        return self._kernels[key]
 
     def _take(self, x: Tensor, num_frames: int) -> Tensor:
         return x.new_zeros(x.shape[0], num_frames, *x.shape[2:]) if self.is_start else next(self._past)

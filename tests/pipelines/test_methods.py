@@ -241,9 +241,9 @@ def test_skyreels_defaults():
 
 
 def test_rolling_is_a_queue_of_lag_1_with_one_pass_more_for_each_block():
-    plan = plan_of("rolling", 60)
+    plan = plan_of("rolling", 61)
     assert plan.method.kind is Kind.CAUSAL and plan.method.lag == 1
-    assert Counter(p.covers[0].block for p in plan.passes if p.lane == 0) == {**dict.fromkeys(range(19), 17), 19: 16}
+    assert Counter(p.covers[0].block for p in plan.passes if p.lane == 0) == {**dict.fromkeys(range(20), 17), 20: 16}
     for passes in by_tick(plan):
         queue = [p.covers[0] for p in passes if p.updates or p.covers[0].step < 16]
         assert all(a.block + 1 == b.block and a.step == b.step + 1 for a, b in pairwise(queue)), "head first"

@@ -10,9 +10,10 @@ from longvid import worlds
 from longvid.models.dit import DiT
 from longvid.models.vae import VAE, VAEConfig
 from pipelines import film_latents, train_dit, train_vae
-from pipelines.film_latents import RUN, SINK, FilmLatents, encode_film, film_at, make_latents
+from pipelines.film_latents import FILM_SETS, LONG, OPENINGS, PICTURES, RUN, SINK, FilmLatents, encode_film, film_at
+from pipelines.film_latents import make_latents as make
 from pipelines.optimise import LoopConfig
-from pipelines.train_dit import TINY_DIT, DiTTraining, dit_loss, draw_layout, first_block_layout
+from pipelines.train_dit import CLEAN, COPIES, TINY_DIT, DiTTraining, dit_loss, draw_batch, long_batch
 from pipelines.train_text import caption_batch
 from pipelines.train_vae import TINY_VAE, VAETraining, film_crops, vae_loss
 
@@ -46,72 +47,123 @@ def test_vae_loss_has_gradients_everywhere_and_statistics_normalise(tmp_path):
 def test_films_are_stored_once_and_sampled_as_sink_and_run(tmp_path, monkeypatch):
     monkeypatch.setattr(film_latents, "FURTHEST", 12)
     vae = small_vae()
-    counts = list(make_latents(tmp_path, vae, 0, 4, shard=2))
-    assert counts == [2, 4]
-    stamps = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
-    list(make_latents(tmp_path, vae, 0, 4, shard=2))
-    assert stamps == [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())], "shards that are there are kept"
-    films = FilmLatents(tmp_path, 0)
+    assert list(make(tmp_path, vae, 0, LONG, 4, shard=2)) == [2, 4]
+    stamps = [p.stat().st_mtime_ns for p in sorted((tmp_path / LONG.name).iterdir())]
+    list(make(tmp_path, vae, 0, LONG, 4, shard=2))
+    kept = [p.stat().st_mtime_ns for p in sorted((tmp_path / LONG.name).iterdir())]
+    assert stamps == kept, "shards that are there are kept"
+    films = FilmLatents(tmp_path, 0, LONG)
     assert films.latents.shape == (4, 16, SINK + RUN, 8, 8)
-    clips, captions = films.sample(np.random.default_rng(0), 3, 6)
+    clips, captions = films.sample_runs(np.random.default_rng(0), 3, 6)
     assert clips.shape == (3, 16, SINK + 6, 8, 8) and len(captions) == 3
     assert any(torch.equal(clips[0, :, :SINK], film[:, :SINK].float()) for film in films.latents)
 
 
-def test_a_run_that_follows_directly_is_one_encoding_of_the_film():
-    vae = small_vae()
-    film = film_at(0, 0)
-    frames = worlds.draw(film.world, 4 * (SINK + RUN - 1) + 1)
+def test_no_two_sets_share_a_film():
+    ranges = sorted((films.first, films.first + films.num_films) for films in FILM_SETS)
+    assert all(stop <= start for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("num_latents", [1, 4, SINK + RUN])
+def test_what_begins_a_film_is_one_encoding_of_it(index, num_latents):
+    vae, film = small_vae(), film_at(0, index)
+    follows = num_latents if index == 0 or num_latents <= SINK + 1 else SINK
+    frames = worlds.draw(film.world, 4 * (follows - 1) + 1)
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     with torch.no_grad():
         expected = vae.encode(video)[0][0]
-    assert film.start == SINK
-    torch.testing.assert_close(encode_film(vae, film), expected)
+    made = encode_film(vae, film, num_latents)
+    assert made.shape[1] == num_latents and (film.start == SINK) == (index == 0)
+    torch.testing.assert_close(made[:, :follows], expected)
 
 
 def test_no_latents_is_an_error_that_says_how_to_make_them(tmp_path):
-    with pytest.raises(ValueError, match="longvid train latents"):
-        FilmLatents(tmp_path, 0)
+    with pytest.raises(ValueError, match=f"longvid train latents --out {tmp_path}"):
+        FilmLatents(tmp_path / "latents", 0, PICTURES)
 
 
-def test_layouts_are_those_of_inference():
-    config = DiTTraining(loop=LoopConfig(out=".", num_steps=1, batch_size=3, learning_rate=1e-3))
-    joint, images = 0, 0
-    for seed in range(300):
-        layout = draw_layout(np.random.default_rng(seed), config, 4)
-        assert sum(layout.sizes) == SINK + config.run and layout.sizes[0] in (1, SINK)
-        assert layout.levels.shape == (3, SINK + config.run)
-        borders = np.cumsum((0, *layout.sizes))
-        for start, stop in zip(borders, borders[1:], strict=False):
-            assert (layout.levels[:, start:stop] == layout.levels[:, start : start + 1]).all(), "a level per block"
-        joint += layout.mask is None
-        images += layout.sizes[0] == 1
-    assert 0.1 < joint / 300 < 0.3 and 0.08 < images / 300 < 0.25
+class RandomFilms(FilmLatents):
+    """A set of random latents, 4 x 4 tokens of 2 x 2 each."""
+
+    def __init__(self, films):
+        self.latents = torch.randn(6, 16, films.num_latents, 4, 4, generator=torch.Generator().manual_seed(1))
+        self.films = [film_at(0, i) for i in range(6)]
 
 
-def test_first_blocks_alone_have_a_level_each(tmp_path):
-    config = DiTTraining(loop=loop(tmp_path))
-    layout = first_block_layout(np.random.default_rng(0), config, 7)
-    assert layout.sizes == (SINK,) and layout.mask is None and layout.levels.shape == (7, SINK)
-    assert (layout.levels == layout.levels[:, :1]).all() and len(layout.levels[:, 0].unique()) == 7
+SETS = {films.name: RandomFilms(films) for films in FILM_SETS}
+
+
+def training(**shares) -> DiTTraining:
+    return DiTTraining(loop=LoopConfig(out=".", num_steps=1, batch_size=3, learning_rate=1e-3), **shares)
+
+
+def seen(mask, tokens):
+    """Which latents each latent may see, (f, f)."""
+    return mask[::tokens, ::tokens]
+
+
+def test_pictures_are_seen_at_every_level_each_copy_alone():
+    batch = draw_batch(np.random.default_rng(0), training(picture_share=1.0, opening_share=0.0), SETS)
+    assert batch.clean.shape == (12, 16, COPIES, 4, 4) and len(batch.captions) == 12
+    assert torch.equal(batch.clean[:, :, 0], batch.clean[:, :, -1])
+    assert torch.equal(seen(batch.mask, 4), torch.eye(COPIES, dtype=torch.bool))
+    assert (batch.levels.diff(dim=1) > 0).all() and batch.levels.min() < 0.3 and batch.levels.max() > 0.9
+
+
+def test_openings_are_a_first_latent_and_the_next_block():
+    batch = draw_batch(np.random.default_rng(0), training(picture_share=0.0, opening_share=1.0), SETS)
+    assert batch.clean.shape[:3] == (12, 16, OPENINGS.num_latents) == (12, 16, 4)
+    assert seen(batch.mask, 4).tolist() == [[True, False, False, False]] + [[True] * 4] * 3
+    assert (batch.levels[:, 1:] == batch.levels[:, 1:2]).all()
+    assert (batch.levels[:, 0] <= CLEAN).any() and (batch.levels[:, 0] > CLEAN).any()
+
+
+def test_long_batches_are_those_of_inference():
+    config = training()
+    joint = 0
+    for seed in range(200):
+        batch = long_batch(np.random.default_rng(seed), config, SETS[LONG.name])
+        assert batch.levels.shape == (3, SINK + config.run)
+        sizes = train_dit.block_sizes(np.random.default_rng(seed), SINK + config.run)
+        assert sum(sizes) == SINK + config.run and sizes[0] == 1 and sizes in ((1, 3, 3, 3, 3, 2), (1, 2, 3, 3, 3, 3))
+        changes = (batch.levels.diff(dim=1) != 0).sum(1)
+        assert (changes < len(sizes)).all(), "a level per block"
+        joint += batch.mask is None
+    assert 0.07 < joint / 200 < 0.25
+
+
+def test_shares_decide_what_is_drawn():
+    rng, config = np.random.default_rng(0), training()
+    kinds = [draw_batch(rng, config, SETS).clean.shape[:3] for _ in range(200)]
+    pictures, openings = kinds.count((12, 16, COPIES)), kinds.count((3, 16, SINK + config.run))
+    assert OPENINGS.num_latents == COPIES and 130 < pictures < 185 and 200 - pictures == openings
 
 
 def test_dit_loss_counts_noisy_latents_only_and_reaches_every_parameter():
     torch.manual_seed(0)
     dit = DiT(replace(TINY_DIT, num_attention_heads=2, attention_head_dim=12, ffn_dim=16, num_layers=2, text_dim=8))
-    config = DiTTraining(loop=LoopConfig(out=".", num_steps=1, batch_size=2, learning_rate=1e-3))
-    layout = draw_layout(np.random.default_rng(3), config, 4)
-    clean, text = torch.randn(2, 16, SINK + config.run, 4, 4), torch.randn(2, 5, 8)
-    loss = dit_loss(dit, clean, text, layout, torch.randn_like(clean))["loss"]
+    batch = long_batch(np.random.default_rng(3), training(), SETS[LONG.name])
+    text, noise = torch.randn(3, 5, 8), torch.randn(batch.clean.shape)
+    loss = dit_loss(dit, batch, text, noise)["loss"]
     loss.backward()
     missing = [name for name, p in dit.named_parameters() if p.grad is None]
     assert not missing
-    still = replace(layout, levels=torch.zeros_like(layout.levels))
-    assert dit_loss(dit, clean, text, still, torch.randn_like(clean))["loss"] == 0
+    still = replace(batch, levels=torch.full_like(batch.levels, CLEAN))
+    assert dit_loss(dit, still, text, noise)["loss"] == 0
     train_dit._start_at_zero(dit)
     with torch.no_grad():
-        velocity, _ = dit(clean, 1000 * layout.levels, dit.text_features(text))
+        velocity, _ = dit(batch.clean, 1000 * batch.levels, dit.text_features(text))
     assert (velocity == 0).all()
+
+
+def test_what_stands_out_and_what_moves_counts_more():
+    clean = torch.zeros(1, 2, 3, 4, 4)
+    clean[:, :, :, 0, 0] = 1.0
+    clean[:, :, 1, 3, 3] = 1.0
+    weight = train_dit.places(clean)
+    assert weight[0, 0, 0, 0] > 2 and weight[0, 0, 3, 3] > weight[0, 0, 2, 2] == 0.5
+    assert train_dit.places(clean[:, :, :1]).isfinite().all()
 
 
 def test_captions_and_labels_agree():
