@@ -115,7 +115,7 @@ def test_a_state_is_a_value():
     first, second = vae.decode(x[:, :, 2:], state)[0], vae.decode(x[:, :, 2:], state)[0]
     assert torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(before, state.past, strict=True))
-    assert max(part.shape[1] for part in state.past) == 2 and not any(part.requires_grad for part in state)
+    assert max(part.shape[1] for part in state.past) == 2 and not any(part.requires_grad for part in state.past)
 
 
 def test_new_weights_are_seen():
