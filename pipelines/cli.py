@@ -79,7 +79,9 @@ def _add_output_flags(command: argparse.ArgumentParser) -> None:
     output.add_argument("--overwrite", action="store_true", help="replace files that exist")
     output.add_argument("--dry-run", action="store_true", help="check, print the configuration, make nothing")
     output.add_argument("--quiet", action="store_true", help="no progress, no configuration")
-    output.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
+    spread = command.add_argument_group("processes")
+    spread.add_argument("--nproc", "--num-gpus", type=int, default=1, metavar="N", help="processes, one per GPU")
+    spread.add_argument("--threads", type=int, metavar="N", help="CPU threads of each process")
 
 
 def _add_train_flags(train: argparse.ArgumentParser) -> None:
@@ -99,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
     options = parser().parse_args([_with_hyphens(word) for word in words])
+    options.words = words
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         return COMMANDS[options.command](options)
@@ -107,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     except (Broken, FloatingPointError, OSError, MemoryError) as error:
         return _say(f"longvid {options.command} failed: {_one_line(error)}", EXIT_FAILED)
     except KeyboardInterrupt:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # the process that started this one says so
+            return EXIT_INTERRUPTED
         return _say(f"longvid {options.command}: interrupted", EXIT_INTERRUPTED)
 
 
@@ -161,39 +166,52 @@ def _generate(options: argparse.Namespace) -> int:
     from pipelines.configure import configure
 
     run = configure(**_request(options))
-    outputs = _outputs(options)
-    outputs.check(run.num_frames, run.height, run.width, source=run.image)
-    described = _describe(run, run.plan(), outputs, {})
-    if options.dry_run:
-        return _print([json.dumps(described, indent=2, default=str)])
-    from pipelines.generate import generate
-    from pipelines.record import Meter
-
-    meter = Meter(keep_latents=outputs.latents is not None)
-    frames = generate(run, meter)
-    _show(options, described)
-    return _carry_out(options, run, frames, meter, outputs, run.num_frames, {})
+    return _make(options, run, run, num_frames=run.num_frames, source=run.image, notes={})
 
 
 def _extend(options: argparse.Namespace) -> int:
     _use_threads(options.threads)
     from pipelines.configure import configure
-    from pipelines.extend import configure_extension, extend
+    from pipelines.extend import configure_extension
 
     extension = configure_extension(configure(**_request(options)), Path(options.video))
-    run, outputs = extension.run, _outputs(options)
-    outputs.check(extension.num_frames, run.height, run.width, source=extension.video)
     notes = {"input": str(extension.video), "input_frames": extension.input_frames,
              "history_latents": extension.history_latents}  # fmt: skip
-    described = _describe(run, extension.plan(), outputs, notes)
+    return _make(options, extension, extension.run, num_frames=extension.num_frames, source=extension.video,
+                 notes=notes)  # fmt: skip
+
+
+def _make(options, request, run, *, num_frames: int, source: Path | None, notes: dict) -> int:
+    """Make the video of a request: here, in processes that this one starts, or as one of those."""
+    outputs = _outputs(options)
+    is_worker = "TORCHELASTIC_RUN_ID" in os.environ
+    if not is_worker:
+        outputs.check(num_frames, run.height, run.width, source=source)
+    described = _describe(run, request.plan(), outputs, notes)
     if options.dry_run:
         return _print([json.dumps(described, indent=2, default=str)])
-    from pipelines.record import Meter
+    from pipelines.spread import Task, check_processes, start, taken_part
 
-    meter = Meter(keep_latents=outputs.latents is not None)
-    frames = extend(extension, meter)
-    _show(options, described)
-    return _carry_out(options, run, frames, meter, outputs, extension.num_frames, notes)
+    task = Task(request=request, outputs=outputs, notes=notes)
+    if not is_worker:
+        check_processes(options.nproc, run)
+        if options.nproc > 1:
+            return start(options.words, task, options.nproc, options.threads)
+        return _carry_out(options, task, described, num_frames)
+    with taken_part(task) as (task, stage):
+        if stage and not stage.is_last:
+            return _work(task, stage)
+        task.outputs.check(num_frames, run.height, run.width, source=source)
+        return _carry_out(options, task, described, num_frames, stage)
+
+
+def _work(task, stage) -> int:
+    """Be a stage that holds no frames."""
+    from pipelines.generate import Observer
+
+    frames = list(task.frames(Observer(), stage))
+    assert not frames, "frames are made on the last stage alone"
+    return EXIT_DONE
 
 
 def _describe(run, plan, outputs, notes: dict) -> dict:
@@ -223,14 +241,17 @@ def _print(lines: Iterable[str]) -> int:
     return EXIT_DONE
 
 
-def _carry_out(options, run, frames: Iterable, meter, outputs, num_frames: int, notes: dict) -> int:
+def _carry_out(options, task, described: dict, num_frames: int, stage=None) -> int:
     """Write the video with progress on standard error; what is there stays if it is cut."""
     from pipelines.progress import Progress
-    from pipelines.record import record
+    from pipelines.record import Meter, record
 
-    done = 0
+    run, outputs, done = task.run, task.outputs, 0
+    meter = Meter(keep_latents=outputs.latents is not None)
+    frames = task.frames(meter, stage)
+    _show(options, described)
     try:
-        counts = record(run, frames, meter, outputs, num_frames=num_frames, notes=notes)
+        counts = record(run, frames, meter, outputs, num_frames=num_frames, notes=task.notes)
         with Progress(num_frames, run.fps, quiet=options.quiet) as progress, closing(counts):
             for done in counts:
                 progress.update(done)

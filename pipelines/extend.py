@@ -8,6 +8,7 @@ import numpy as np
 
 from longvid.media import count_frames, probe_video, read_video
 from longvid.plan import Plan, cut_into_blocks, make_plan
+from parallel.execute import Stage
 from pipelines.configure import Run
 from pipelines.generate import Models, Observer, encode_frames, load_models, roll
 
@@ -53,14 +54,17 @@ def configure_extension(run: Run, video: Path) -> Extension:
     return Extension(run=run, video=video, input_frames=frames, history_latents=min(wanted, (frames - 1) // 4 + 1))
 
 
-def extend(extension: Extension, observer: Observer | None = None) -> Iterator[np.ndarray]:
+def extend(extension: Extension, observer: Observer | None = None, stage: Stage | None = None) -> Iterator[np.ndarray]:
     """Yield uint8 (n, height, width, 3): every frame of the input at the model's size and rate, then the new ones.
 
     Raises as `pipelines.generate.generate` does, and ValueError where a frame of the input turns out to be damaged.
     """
     run = extension.run
     read = read_video(extension.video, height=run.height, width=run.width, fps=run.fps)
-    return _go_on(extension, read, load_models(run), observer or Observer())
+    models, observer = load_models(run, stage), observer or Observer()
+    if models.vae is None:  # frames are made on the last stage alone
+        return roll(run, extension.plan(), models, [], observer)
+    return _go_on(extension, read, models, observer)
 
 
 def _go_on(

@@ -1,5 +1,6 @@
 """Video from a prompt, streamed: `generate` yields frames as blocks leave the queue."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,12 +12,15 @@ from longvid.checkpoints.diffusers_folder import Folder, load_dit, load_vae, ope
 from longvid.media import read_image
 from longvid.models.dit import DiT, TextFeatures
 from longvid.models.text import TextEncoder
-from longvid.models.vae import VAE, VAEState
+from longvid.models.vae import VAE, VAEConfig, VAEState
 from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import noise_of, sample
 from longvid.types import Latents, Video
+from parallel.execute import Stage, carry_out, from_all, from_first
+from parallel.split import split_layers
 from pipelines.configure import Run, configure
+from pipelines.usage import Usage, peak_memory_mb
 
 __all__ = ["Models", "Observer", "Run", "configure", "generate", "load_models"]
 
@@ -30,29 +34,44 @@ class Observer:
     def left(self, block: int, latents: Latents) -> None:
         """A clean block (1, c, f, h, w) has left the queue."""
 
+    def ended(self, processes: list[Usage]) -> None:
+        """All is made; what each process has used, in order of rank."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The networks of a run. Text is encoded already and its encoder gone."""
+    """The networks of a run. Text is encoded already and its encoder gone.
+
+    `latent_size` is channels, height and width. With a stage the DiT is its part; the VAE, and with it all frames, are
+    on the last stage alone.
+    """
 
     dit: DiT
-    vae: VAE
+    vae: VAE | None
     text: tuple[TextFeatures, ...]
+    latent_size: tuple[int, int, int]
+    stage: Stage | None = None
 
 
-def load_models(run: Run) -> Models:
+def load_models(run: Run, stage: Stage | None = None) -> Models:
     """Read the folder's networks and encode the prompt, one lane per forward that guidance needs.
 
     Raises ValueError for damaged or wrong weights, and for a prompt that the text encoder would cut.
     """
     folder = open_folder(run.model)
     dtype = getattr(torch, run.dtype)
-    states = encode_prompts(folder, run, dtype)
-    dit = load_dit(folder, dtype, run.device).eval()
-    vae = load_vae(folder, torch.float32, run.device).eval()
+    if stage is None:
+        states, layers = encode_prompts(folder, run, dtype), None
+    else:
+        states = from_first(stage, lambda: encode_prompts(folder, run, dtype))
+        layers = split_layers([1.0] * folder.transformer["num_layers"], stage.num_stages)[stage.index]
+    dit = load_dit(folder, dtype, run.device, layers).eval()
+    vae = load_vae(folder, torch.float32, run.device).eval() if stage is None or stage.is_last else None
     with torch.no_grad():
         text = tuple(dit.text_features(state.to(run.device)) for state in states)
-    return Models(dit=dit, vae=vae, text=text)
+    factor = VAEConfig.from_dict(folder.vae).spatial_factor
+    size = (dit.config.in_channels, run.height // factor, run.width // factor)
+    return Models(dit=dit, vae=vae, text=text, latent_size=size, stage=stage)
 
 
 def encode_prompts(folder: Folder, run: Run, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -69,15 +88,16 @@ def encode_prompts(folder: Folder, run: Run, dtype: torch.dtype) -> list[torch.T
     return [encoder(prompt) for prompt in prompts]
 
 
-def generate(run: Run, observer: Observer | None = None) -> Iterator[np.ndarray]:
+def generate(run: Run, observer: Observer | None = None, stage: Stage | None = None) -> Iterator[np.ndarray]:
     """Load the models, and yield frames as blocks leave: uint8 (n, height, width, 3), `run.num_frames` in all.
 
-    Raises ValueError for a wrong request at once, and FloatingPointError (block and step named) if latents stop being
-    finite while frames are made.
+    With a stage this process holds its part of the layers, and only the last stage yields frames. Raises ValueError for
+    a wrong request at once, and FloatingPointError (block and step named) if latents stop being finite while frames are
+    made.
     """
-    models = load_models(run)
+    models = load_models(run, stage)
     ready: list[Latents] = []
-    if run.image:
+    if run.image and models.vae:
         ready.append(encode_frames(models.vae, read_image(run.image, run.height, run.width)[None]))
     return roll(run, run.plan(), models, ready, observer or Observer())
 
@@ -89,27 +109,38 @@ def roll(
 
     They leave first, too, if they are a part of the video that is made (`shows_ready`).
     """
-    state: VAEState | None = None
+    start, state = time.perf_counter(), None
     for block, latents in enumerate(ready):
         frames, state = decode(models.vae, latents, state)
         if shows_ready:
             observer.left(block, latents)
             yield frames
-    shape = latent_shape(models, run.height, run.width)
-    text: Callable[[Pass], TextFeatures] = lambda p: models.text[p.lane]  # noqa: E731
-    blocks = sample(
-        plan, models.dit, text, noise_of(plan, run.seed, *shape), ready=ready, fps=run.fps, observe=observer.passed
-    )
-    for block, latents in blocks:
+    for block, latents in _blocks(run, plan, models, ready, observer):
         observer.left(block, latents)
         frames, state = decode(models.vae, latents, state)
         yield frames
+    observer.ended(_usage(run, models.stage, time.perf_counter() - start))
 
 
-def latent_shape(models: Models, height: int, width: int) -> tuple[int, int, int]:
-    """Channels, height and width of latents."""
-    factor = models.vae.config.spatial_factor
-    return models.vae.config.z_dim, height // factor, width // factor
+def _usage(run: Run, stage: Stage | None, seconds: float) -> list[Usage]:
+    """What each process took, in order of rank; all processes must ask."""
+    peak = peak_memory_mb(run.device)
+    if stage is None:
+        return [Usage(idle_fraction=0.0, peak_memory_mb=peak, bytes_sent=0)]
+    idle = stage.source.waited_s / seconds
+    return from_all(Usage(idle_fraction=idle, peak_memory_mb=peak, bytes_sent=stage.target.num_bytes))
+
+
+def _blocks(
+    run: Run, plan: Plan, models: Models, ready: list[Latents], observer: Observer
+) -> Iterator[tuple[int, Latents]]:
+    size = models.latent_size
+    noise = noise_of(plan, run.seed, *size)
+    text: Callable[[Pass], TextFeatures] = lambda p: models.text[p.lane]  # noqa: E731
+    common = {"ready": ready, "fps": run.fps, "observe": observer.passed}
+    if models.stage is None:
+        return sample(plan, models.dit, text, noise, **common)
+    return carry_out(plan, models.dit, models.stage, text, noise, size, **common)
 
 
 @torch.no_grad()

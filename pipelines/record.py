@@ -4,11 +4,9 @@ import hashlib
 import json
 import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from longvid.passes import Pass
 from longvid.types import Latents
 from pipelines.configure import Run
 from pipelines.generate import Observer
+from pipelines.usage import Usage, peak_memory_mb
 
 SHEET_FRAMES = 24
 
@@ -82,6 +81,7 @@ class Meter(Observer):
         self.num_passes = 0
         self.first_frame_s: float | None = None
         self.kept: list[Latents] | None = [] if keep_latents else None
+        self.processes: list[Usage] = []
         self._hash = hashlib.sha256()
 
     def passed(self, p: Pass) -> None:
@@ -95,13 +95,19 @@ class Meter(Observer):
         if self.kept is not None:
             self.kept.append(latents.float().cpu())
 
+    def ended(self, processes: list[Usage]) -> None:
+        """Note what each process took."""
+        self.processes = processes
+
     @property
     def latent_sha256(self) -> str:
         """Hash of all latents that have left, float32, axes (f, c, h, w)."""
         return self._hash.hexdigest()
 
     def metrics(self, run: Run, num_frames: int) -> dict:
-        """What `--metrics` holds; lists have an entry per process."""
+        """What `--metrics` holds; lists have an entry per process, or one for this process until all have ended."""
+        this = Usage(idle_fraction=0.0, peak_memory_mb=peak_memory_mb(run.device), bytes_sent=0)
+        processes = self.processes or [this]
         wall = time.perf_counter() - self.start
         return {
             "frames": num_frames,
@@ -110,20 +116,10 @@ class Meter(Observer):
             "first_frame_s": self.first_frame_s,
             "fps": num_frames / wall,
             "passes": self.num_passes,
-            "idle_fraction": [0.0],
-            "peak_memory_mb": [peak_memory_mb(run.device)],
-            "bytes_sent": [0],
+            **{f.name: [getattr(usage, f.name) for usage in processes] for f in fields(Usage)},
             "latent_sha256": self.latent_sha256,
             "config": run.record(),
         }
-
-
-def peak_memory_mb(device: str) -> float:
-    """Most memory used so far, MiB: of the GPU if the run is on one, else of the process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Dual parallelism: frame blocks and model layers over processes, each with its own features."""

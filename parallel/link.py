@@ -1,0 +1,73 @@
+"""One-way links between processes: messages arrive in the order in which they were sent, handles are kept until done.
+
+Both ends derive what comes next from the plan, so a message is a bare tensor whose shape the receiver knows. A link
+has a process group of its own: on a GPU two directions between the same pair would otherwise wait for one another.
+"""
+
+import time
+from collections import deque
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@contextmanager
+def _said_plainly(peer: int):
+    """What torch says of a connection that broke, in words for people."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"the process of rank {peer}, which this one works with, is gone or hangs") from error
+
+
+class Sender:
+    """The near end of a link. Sends overlap what follows; a tensor is held until it has gone.
+
+    Methods raise ConnectionError if the other process is gone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, to: int):
+        self.group, self.to = group, to
+        self.num_bytes = 0
+        self._going: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def send(self, x: Tensor) -> None:
+        """Send a tensor, which must not be changed afterwards."""
+        x = x.contiguous()
+        with _said_plainly(self.to):
+            self._going.append((dist.isend(x, self.to, group=self.group), x))
+        self.num_bytes += x.nbytes
+        while self._going and self._going[0][0].is_completed():
+            self._going.popleft()
+
+    def flush(self) -> None:
+        """Wait until everything has gone."""
+        with _said_plainly(self.to):
+            while self._going:
+                self._going.popleft()[0].wait()
+
+
+class Receiver:
+    """The far end of a link. Receives are posted ahead of their use. Raises as `Sender` does."""
+
+    def __init__(self, group: dist.ProcessGroup, source: int, device: torch.device):
+        self.group, self.source, self.device = group, source, device
+        self.waited_s = 0.0
+        self._coming: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def expect(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Post the receive of the next message."""
+        x = torch.empty(shape, dtype=dtype, device=self.device)
+        with _said_plainly(self.source):
+            self._coming.append((dist.irecv(x, self.source, group=self.group), x))
+
+    def receive(self) -> Tensor:
+        """The oldest message expected."""
+        work, x = self._coming.popleft()
+        start = time.perf_counter()
+        with _said_plainly(self.source):
+            work.wait()
+        self.waited_s += time.perf_counter() - start
+        return x

@@ -1,0 +1,72 @@
+"""A request on several processes: which it may have, starting them, and what each of them does."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from longvid.checkpoints.diffusers_folder import open_folder
+from parallel.execute import Stage, from_first, make_stage
+from parallel.launch import join, launch, threads_each
+from pipelines.configure import Run
+from pipelines.extend import Extension, extend
+from pipelines.generate import Observer, generate
+from pipelines.record import Outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A request and where its video goes; `notes` are for the sidecar."""
+
+    request: Run | Extension
+    outputs: Outputs
+    notes: dict
+
+    @property
+    def run(self) -> Run:
+        """The configuration."""
+        return self.request if isinstance(self.request, Run) else self.request.run
+
+    def frames(self, observer: Observer, stage: Stage | None = None) -> Iterator[np.ndarray]:
+        """Blocks of frames as they are made; with a stage, on the last one."""
+        make: Callable = generate if isinstance(self.request, Run) else extend
+        return make(self.request, observer, stage)
+
+    def on(self, device: str) -> "Task":
+        """The same on another device."""
+        run = replace(self.run, device=device)
+        return replace(self, request=run if isinstance(self.request, Run) else replace(self.request, run=run))
+
+
+def check_processes(num_processes: int, run: Run) -> None:
+    """Raise ValueError unless each process has a layer, and on GPUs a GPU."""
+    num_layers = open_folder(run.model).transformer["num_layers"]
+    if not 1 <= num_processes <= num_layers:
+        raise ValueError(
+            f"nproc={num_processes} must be from 1 to {num_layers}: each process keeps at least one of the model's "
+            f"{num_layers} layers; try {min(num_layers, 2)}"
+        )
+    if run.device.startswith("cuda") and num_processes > torch.cuda.device_count():
+        raise ValueError(f"nproc={num_processes} is more than the {torch.cuda.device_count()} GPUs of this machine; "
+                         f"use --nproc {torch.cuda.device_count()}")  # fmt: skip
+
+
+def start(words: Sequence[str], task: Task, num_processes: int, threads: int | None) -> int:
+    """Run the command line `words` as several processes; what was chosen for it is said to them. Gives an exit code."""
+    chosen = ["--seed", str(task.run.seed), "--output", str(task.outputs.video)]
+    return launch("pipelines.cli", [*words, *chosen], num_processes, threads or threads_each(num_processes))
+
+
+@contextmanager
+def taken_part(task: Task) -> Iterator[tuple[Task, Stage | None]]:
+    """This process as one of several: the task as the first has it, on this process's device, and its stage."""
+    with join(task.run.device) as device:
+        num_stages = dist.get_world_size()
+        if num_stages == 1:
+            yield task.on(device), None
+            return
+        stage = make_stage(num_stages, torch.device(device))
+        yield from_first(stage, lambda: task).on(device), stage

@@ -1,0 +1,24 @@
+"""What a process took for a video."""
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """The share of the time that a process waited for others, its peak memory and what it sent to others."""
+
+    idle_fraction: float
+    peak_memory_mb: float
+    bytes_sent: int
+
+
+def peak_memory_mb(device: str) -> float:
+    """Most memory used so far, MiB: of the GPU if the run is on one, else of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,84 @@
+"""Runs every case of `test_execute.py` as one process of a group and writes what the last stage made.
+
+Started by the test as `torchrun cases.py OUT`; imported by it for the list of cases.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from longvid.models.dit import DiT
+from longvid.plan import Plan, make_plan
+from longvid.sampler import noise_of
+from parallel.execute import carry_out, make_stage
+from parallel.split import split_layers
+from pipelines.methods import METHODS
+from tests.whole_clip import CHANNELS, FPS, HEIGHT, WIDTH, clean, texts_of, tiny_dit, words
+
+LAYERS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A video: its plan and the blocks that are there already."""
+
+    plan: Plan
+    ready: tuple[int, ...] = ()
+
+
+def cases() -> dict[str, Case]:
+    """Every method with and without guidance; few blocks, few steps, a short last block, an image, an extension."""
+    found = {}
+    for name, preset in METHODS.items():
+        for scale in (1.0, 3.0):
+            method = preset(num_steps=3, guidance_scale=scale)
+            found[f"{name}-{scale:g}"] = Case(plan=make_plan(method, 29))
+        found[f"{name}-image"] = Case(plan=make_plan(method, 20, (1,)), ready=(1,))
+        found[f"{name}-extension"] = Case(plan=make_plan(method, 22, (3, 3)), ready=(3, 3))
+    rolling = METHODS["rolling"]
+    found["one-block"] = Case(plan=make_plan(rolling(num_steps=4), 1))
+    found["one-step"] = Case(plan=make_plan(rolling(num_steps=1), 10))
+    for lag in (0, 2, 4):
+        found[f"lag-{lag}"] = Case(plan=make_plan(rolling(num_steps=4, lag=lag), 12))
+    found["windows"] = Case(plan=make_plan(replace(METHODS["skyreels-sync"](num_steps=3), window=8, overlap=3), 19))
+    return found
+
+
+def whole_dit() -> DiT:
+    """The model of all cases."""
+    return tiny_dit(num_layers=LAYERS)
+
+
+def part_of(dit: DiT, layers: range) -> DiT:
+    """The same weights, these layers alone."""
+    part = DiT(dit.config, layers).eval().requires_grad_(False)
+    part.load_state_dict({name: dit.state_dict()[name] for name in part.state_dict()})
+    return part
+
+
+def main(out: Path) -> None:
+    """Carry out all cases, one after the other, on the same links."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    num_stages = dist.get_world_size()
+    stage = make_stage(num_stages, torch.device("cpu"))
+    layers = split_layers([1.0] * LAYERS, num_stages)[stage.index]
+    part, made = part_of(whole_dit(), layers), {}
+    text = texts_of(part, words(0), words(1))
+    for name, case in cases().items():
+        noise = noise_of(case.plan, 7, CHANNELS, HEIGHT, WIDTH)
+        before = stage.target.num_bytes
+        blocks = dict(carry_out(case.plan, part, stage, text, noise, (CHANNELS, HEIGHT, WIDTH),
+                                ready=clean(*case.ready) if stage.is_last else (), fps=FPS))  # fmt: skip
+        made[name] = {"blocks": blocks, "bytes": stage.target.num_bytes - before}
+    torch.save(made, out / f"{stage.index}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.getcwd())
+    main(Path(sys.argv[1]))

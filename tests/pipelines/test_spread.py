@@ -1,0 +1,118 @@
+"""Commands on several processes: the same video, nothing left running, and one line for what is wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.conftest import FPS, HEIGHT, WIDTH, film, load, read_json, save_film
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def command(model, *words) -> list[str]:
+    return [sys.executable, "-m", "pipelines.cli", *map(str, words), "--model", str(model), "--seed", "5"]
+
+
+def run(model, *words, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command(model, *words), env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
+                          check=False, **options)  # fmt: skip
+
+
+def picture(path) -> Path:
+    from longvid.contact_sheet import write_png
+
+    write_png(path, film(1)[0])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["generate", "image", "extend"])
+def test_two_processes_make_the_video_of_one(model, longvid, here, kind):
+    words = {
+        "generate": lambda: ["generate"],
+        "image": lambda: ["generate", "--image", picture(here / "first.png")],
+        "extend": lambda: ["extend", "--video", save_film(here / "given.mp4", 9)],
+    }[kind]()
+    words += ["--num-frames", 29, "--num-steps", 3]
+    found = {}
+    for num in (1, 2):
+        out = [*words, "--output", here / f"{num}.mp4", "--metrics", here / f"m{num}.json", "--threads", 1]
+        ran = run(model, *out, "--nproc", num)
+        assert ran.returncode == 0 and ran.stdout == f"{here / f'{num}.mp4'}\n", ran.stderr
+        found[num] = read_json(here / f"m{num}.json")
+    assert found[1]["latent_sha256"] == found[2]["latent_sha256"]
+    assert found[1]["frames"] == found[2]["frames"] and found[1]["passes"] == found[2]["passes"]
+    assert (load(here / "1.mp4") == load(here / "2.mp4")).all()
+    for name in ("idle_fraction", "peak_memory_mb", "bytes_sent"):
+        assert [len(found[num][name]) for num in (1, 2)] == [1, 2]
+    assert found[1]["bytes_sent"] == [0] and all(found[2]["bytes_sent"])
+
+
+def test_torchrun_is_a_launcher_too(model, here):
+    """One seed for all, though none was given."""
+
+    def seed():
+        return str(read_json(here / "t.json")["config"]["seed"])
+
+    words = ["generate", "--num-frames", "13", "--num-steps", "2", "--model", str(model)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for launched, name, more in ((launcher, "t.mp4", lambda: []), ([], "a.mp4", lambda: ["--seed", seed()])):
+        child = [sys.executable, *launched, "-m", "pipelines.cli", *words, *more(), "--output", str(here / name)]
+        ran = subprocess.run(child, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+        assert ran.returncode == 0, ran.stderr
+    hashes = [read_json(here / name)["metrics"]["latent_sha256"] for name in ("t.json", "a.json")]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("num, said", [(3, "nproc=3 must be from 1 to 2"), (0, "nproc=0 must be from 1 to 2")])
+def test_a_process_needs_a_layer(longvid, here, num, said):
+    ran = longvid("generate", "--nproc", num)
+    assert ran.code == 2 and said in ran.err and len(ran.err.splitlines()) == 1
+    assert not list(here.iterdir())
+
+
+def test_a_prompt_that_is_too_long_is_said_once(model, here):
+    ran = run(model, "generate", "--nproc", 2, "--prompt", "a ball " * 40, "--output", here / "x.mp4")
+    assert ran.returncode == 2 and ran.stderr.count("tokens") == 1 and "Traceback" not in ran.stderr, ran.stderr
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("kind, code", [(signal.SIGKILL, 1), (signal.SIGINT, 130)])
+def test_when_one_ends_all_end_and_the_video_plays(model, here, kind, code):
+    words = command(model, "generate", "--nproc", 2, "--threads", 1, "--num-frames", 40001, "--output", here / "k.mp4")
+    child = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (here / "k.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        workers = workers_of(child.pid)
+        assert len(workers) == 2
+        os.kill(workers[0] if kind == signal.SIGKILL else child.pid, kind)
+        start = time.monotonic()
+        err = child.communicate(timeout=30)[1]
+        assert time.monotonic() - start < 30
+    finally:
+        child.kill()
+    assert child.returncode == code and "Traceback" not in err, err
+    assert "holds the" in err and "frames made so far and plays" in err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers), "nothing is left running"
+    frames = load(here / "k.mp4")
+    assert len(frames) >= 1 and frames.shape[1:] == (HEIGHT, WIDTH, 3) and FPS
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return sorted(found)
