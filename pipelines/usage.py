@@ -1,8 +1,10 @@
 """What a process took for a video."""
 
+import re
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -17,8 +19,14 @@ class Usage:
 
 
 def peak_memory_mb(device: str) -> float:
-    """Most memory used so far, MiB: of the GPU if the run is on one, else of the process."""
+    """Most memory used so far, MiB: of the GPU if the run is on one, else of the process.
+
+    Linux is asked for the peak since this program began: that of `getrusage` begins with the peak of the process which
+    started this one.
+    """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if (status := Path("/proc/self/status")).exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

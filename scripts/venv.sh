@@ -17,7 +17,7 @@ find_python() {
 
 install() {
     local stamp="$root/.venv/installed-$2" want
-    want="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum) $root"
+    want="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum) $(cd "$root" && echo */__init__.py) $root"
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && return
     local python
     python="$(find_python)" || exit 1
