@@ -110,9 +110,17 @@ def main(argv: list[str] | None = None) -> int:
     except (Broken, FloatingPointError, OSError, MemoryError) as error:
         return _say(f"longvid {options.command} failed: {_one_line(error)}", EXIT_FAILED)
     except KeyboardInterrupt:
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # the process that started this one says so
+        if _is_worker():  # the process that started this one says so
             return EXIT_INTERRUPTED
         return _say(f"longvid {options.command}: interrupted", EXIT_INTERRUPTED)
+    finally:
+        if _is_worker():  # it is over and said; a launcher that ends all its processes need not interrupt the exit
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _is_worker() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _with_hyphens(word: str) -> str:
@@ -184,7 +192,7 @@ def _extend(options: argparse.Namespace) -> int:
 def _make(options, request, run, *, num_frames: int, source: Path | None, notes: dict) -> int:
     """Make the video of a request: here, in processes that this one starts, or as one of those."""
     outputs = _outputs(options)
-    is_worker = "TORCHELASTIC_RUN_ID" in os.environ
+    is_worker = _is_worker()
     if not is_worker:
         outputs.check(num_frames, run.height, run.width, source=source)
     described = _describe(run, request.plan(), outputs, notes)
