@@ -104,18 +104,24 @@ def main(argv: list[str] | None = None) -> int:
     options.words = words
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        code = _run(options)
+        if _is_worker():  # it is over and said: a launcher that ends all its processes need not interrupt the exit
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return code
+    except KeyboardInterrupt:
+        if _is_worker():  # the process that started this one says so
+            return EXIT_INTERRUPTED
+        return _say(f"longvid {options.command}: interrupted", EXIT_INTERRUPTED)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The command's exit code; one line for what went wrong."""
+    try:
         return COMMANDS[options.command](options)
     except (ValueError, FileExistsError) as error:
         return _say(f"longvid {options.command}: {_one_line(error)}", EXIT_WRONG_REQUEST)
     except (Broken, FloatingPointError, OSError, MemoryError) as error:
         return _say(f"longvid {options.command} failed: {_one_line(error)}", EXIT_FAILED)
-    except KeyboardInterrupt:
-        if _is_worker():  # the process that started this one says so
-            return EXIT_INTERRUPTED
-        return _say(f"longvid {options.command}: interrupted", EXIT_INTERRUPTED)
-    finally:
-        if _is_worker():  # it is over and said; a launcher that ends all its processes need not interrupt the exit
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _is_worker() -> bool:
