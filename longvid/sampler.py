@@ -4,6 +4,7 @@ It decides nothing: the plan says what each pass covers, reads, writes, updates 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,6 +45,16 @@ class Queue:
         self.steps: dict[int, int] = dict.fromkeys(self.latents, plan.method.num_steps)
         self.states: dict[int, UniPCState | None] = {}
         self.finite: dict[tuple[int, int], Tensor] = {}
+
+    @classmethod
+    def restored(cls, plan: Plan, noise: NoiseOf, device: torch.device, *, latents: dict[int, Latents],
+                 steps: dict[int, int], states: dict[int, UniPCState | None],
+                 finite: dict[tuple[int, int], Tensor]) -> "Queue":  # fmt: skip
+        """A queue as it was, in the midst of its run."""
+        queue = cls.__new__(cls)
+        queue.plan, queue.noise, queue.device = plan, noise, device
+        queue.latents, queue.steps, queue.states, queue.finite = latents, steps, states, finite
+        return queue
 
     def gather(self, p: Pass) -> Latents:
         """The latents that go through the model in a pass, blocks that begin filled with their noise."""
@@ -99,6 +110,18 @@ class Queue:
         self.finite[block, step] = x.isfinite().all()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Where a run stands after its first `done` passes: all that the others depend on.
+
+    `queue` is None where latents are held by another process. Both change as the run goes on.
+    """
+
+    done: int
+    cache: Cache
+    queue: Queue | None
+
+
 def timesteps_of(p: Pass, device: torch.device) -> Timesteps:
     """What the model is told of each latent of a pass, (1, f)."""
     sizes = torch.tensor([cover.stop - cover.start for cover in p.covers])
@@ -116,16 +139,21 @@ def sample(
     ready: Sequence[Latents] = (),
     fps: int = 24,
     observe: Callable[[Pass], None] = lambda p: None,
+    start: Point | None = None,
+    reached: Callable[[Point], None] = lambda point: None,
 ) -> Iterator[tuple[int, Latents]]:
     """Yield (block, clean latents (1, c, f, h, w)) oldest first.
 
     `text` gives the text of a pass (lane 0 is the prompt's, lane 1 the negative prompt's), `ready` the latents of the
-    blocks that are clean from the start, `observe` is called after each pass. Raises FloatingPointError where latents
+    blocks that are clean from the start, `observe` is called after each pass. `reached` is called when blocks have left
+    and been consumed: the same run can go on from there (`start`). Raises FloatingPointError where latents
     stop being finite, naming block and step.
     """
-    cache, lanes = Cache(), {}
-    queue = Queue(plan, noise, next(dit.parameters()).device, ready)
-    for p in plan.passes:
+    if start is None:
+        queue = Queue(plan, noise, next(dit.parameters()).device, ready)
+        start = Point(done=0, cache=Cache(), queue=queue)
+    cache, queue, lanes = start.cache, start.queue, {}
+    for i, p in enumerate(plan.passes[start.done :], start.done):
         x = queue.gather(p)
         timesteps = timesteps_of(p, x.device)
         lanes[p.lane], features = dit(x, timesteps, text(p), cache.context(p), fps=fps, keep=bool(p.writes))
@@ -135,3 +163,5 @@ def sample(
             queue.update(p, guide(lanes[1], lanes[0], plan.method.guidance_scale) if len(lanes) > 1 else lanes[0])
         observe(p)
         yield from queue.take(p)
+        if p.emits:
+            reached(Point(done=i + 1, cache=cache, queue=queue))

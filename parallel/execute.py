@@ -18,7 +18,7 @@ from longvid.models.cache import Cache
 from longvid.models.dit import DiT, TextFeatures
 from longvid.passes import Pass
 from longvid.plan import Plan
-from longvid.sampler import NoiseOf, Queue, timesteps_of
+from longvid.sampler import NoiseOf, Point, Queue, timesteps_of
 from longvid.types import Latents
 from parallel.link import Receiver, Sender
 
@@ -118,22 +118,27 @@ def carry_out(
     ready: Sequence[Latents] = (),
     fps: int = 24,
     observe: Callable[[Pass], None] = lambda p: None,
+    start: Point | None = None,
+    reached: Callable[[Point], None] = lambda point: None,
 ) -> Iterator[tuple[int, Latents]]:
     """Yield (block, clean latents) oldest first on the last stage; nothing, after as many passes, on the others.
 
     `part` holds this stage's layers, `size` is channels, height and width of latents; `ready` is needed on the last
-    stage only. Raises as `longvid.sampler.sample` does.
+    stage only. `start` and `reached` are as in `longvid.sampler.sample`: every stage reaches the same points, each with
+    its own cache, and the queue is on the last. Raises as `sample` does.
     """
     source, passes = stage.source, plan.passes
     inputs = [_input_of(p, part, size) for p in passes]
-    for shape, dtype in inputs[:RECEIVES_AHEAD]:
+    if start is None:
+        queue = Queue(plan, noise, source.device, ready) if stage.is_last else None
+        start = Point(done=0, cache=Cache(), queue=queue)
+    for shape, dtype in inputs[start.done :][:RECEIVES_AHEAD]:
         source.expect(shape, dtype)
-    queue = Queue(plan, noise, source.device, ready) if stage.is_last else None
-    feeder = _Feeder(plan, queue, stage.target) if queue else None
+    cache, queue, lanes = start.cache, start.queue, {}
+    feeder = _Feeder(plan, queue, stage.target, start.done) if queue else None
     if feeder:
-        feeder.feed(-1)
-    cache, lanes = Cache(), {}
-    for i, p in enumerate(passes):
+        feeder.feed(start.done - 1)
+    for i, p in enumerate(passes[start.done :], start.done):
         x = source.receive()
         if i + RECEIVES_AHEAD < len(passes):
             source.expect(*inputs[i + RECEIVES_AHEAD])
@@ -141,23 +146,25 @@ def carry_out(
         cache = cache.after(p, features)
         del features, x
         observe(p)
-        if not queue:
+        if queue:
+            lanes[p.lane] = y
+            if p.updates:
+                queue.update(p, guide(lanes[1], lanes[0], plan.method.guidance_scale) if len(lanes) > 1 else lanes[0])
+                feeder.feed(i)
+            yield from queue.take(p)
+        else:
             stage.target.send(y)
-            continue
-        lanes[p.lane] = y
-        if p.updates:
-            queue.update(p, guide(lanes[1], lanes[0], plan.method.guidance_scale) if len(lanes) > 1 else lanes[0])
-            feeder.feed(i)
-        yield from queue.take(p)
+        if p.emits:
+            reached(Point(done=i + 1, cache=cache, queue=queue))
     stage.target.flush()
 
 
 class _Feeder:
     """Hands the first stage the latents of one pass after the other, as early as the plan allows."""
 
-    def __init__(self, plan: Plan, queue: Queue, target: Sender):
+    def __init__(self, plan: Plan, queue: Queue, target: Sender, start: int):
         self.plan, self.queue, self.target = plan, queue, target
-        self.after, self.next = feeding_order(plan), 0
+        self.after, self.next = feeding_order(plan), start
 
     def feed(self, done: int) -> None:
         """Send what may go now that the passes up to `done` are complete."""

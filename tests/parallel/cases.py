@@ -1,11 +1,12 @@
 """Runs every case of `test_execute.py` as one process of a group and writes what the last stage made.
 
-Started by the test as `torchrun cases.py OUT`; imported by it for the list of cases.
+Started by the test as `torchrun cases.py OUT OTHERS`; imported by it for the list of cases.
 """
 
 import os
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from longvid.models.dit import DiT
 from longvid.plan import Plan, make_plan
 from longvid.sampler import noise_of
+from parallel import snapshot
 from parallel.execute import carry_out, make_stage
 from parallel.split import split_layers
 from pipelines.methods import METHODS
@@ -60,25 +62,37 @@ def part_of(dit: DiT, layers: range) -> DiT:
     return part
 
 
-def main(out: Path) -> None:
-    """Carry out all cases, one after the other, on the same links."""
+def middle(folder: Path) -> int:
+    """The snapshot in the middle of those that a run left."""
+    points = snapshot.found(folder, LAYERS)
+    return points[len(points) // 2]
+
+
+def main(out: Path, others: Path) -> None:
+    """Carry out all cases on the same links: from the start, leaving snapshots, and from the midst of others' runs."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     num_stages = dist.get_world_size()
     stage = make_stage(num_stages, torch.device("cpu"))
     layers = split_layers([1.0] * LAYERS, num_stages)[stage.index]
-    part, made = part_of(whole_dit(), layers), {}
+    part, size, made = part_of(whole_dit(), layers), (CHANNELS, HEIGHT, WIDTH), {}
     text = texts_of(part, words(0), words(1))
     for name, case in cases().items():
-        noise = noise_of(case.plan, 7, CHANNELS, HEIGHT, WIDTH)
+        noise = noise_of(case.plan, 7, *size)
+        common = {"ready": clean(*case.ready) if stage.is_last else (), "fps": FPS}
         before = stage.target.num_bytes
-        blocks = dict(carry_out(case.plan, part, stage, text, noise, (CHANNELS, HEIGHT, WIDTH),
-                                ready=clean(*case.ready) if stage.is_last else (), fps=FPS))  # fmt: skip
-        made[name] = {"blocks": blocks, "bytes": stage.target.num_bytes - before}
+        leave = partial(snapshot.write, out / "snapshots" / name, layers=layers)
+        blocks = dict(carry_out(case.plan, part, stage, text, noise, size, reached=leave, **common))
+        sent = stage.target.num_bytes - before
+        done = middle(others / name)
+        start = snapshot.read(others / name, done, layers, torch.device("cpu"),
+                              (case.plan, noise) if stage.is_last else None)  # fmt: skip
+        rest = dict(carry_out(case.plan, part, stage, text, noise, size, start=start, **common))
+        made[name] = {"blocks": blocks, "bytes": sent, "rest": rest}
     torch.save(made, out / f"{stage.index}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from longvid.sampler import noise_of, sample
+from parallel import snapshot
 from parallel.execute import feeding_order
-from tests.parallel.cases import LAYERS, cases, whole_dit
+from tests.parallel.cases import LAYERS, cases, middle, whole_dit
 from tests.whole_clip import CHANNELS, FPS, HEIGHT, WIDTH, clean, texts_of, words
 
 ROOT = Path(__file__).parents[2]
@@ -26,28 +28,58 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def run_alone(name, **options):
+    """What one process makes of a case."""
+    case, dit = CASES[name], whole_dit()
+    text, noise = texts_of(dit, words(0), words(1)), noise_of(case.plan, 7, CHANNELS, HEIGHT, WIDTH)
+    return dict(sample(case.plan, dit, text, noise, ready=clean(*case.ready), fps=FPS, **options))
+
+
 @pytest.fixture(scope="module")
-def alone():
+def snapshots(tmp_path_factory):
+    """Where one process leaves a snapshot of every point of every case."""
+    return tmp_path_factory.mktemp("snapshots")
+
+
+@pytest.fixture(scope="module")
+def alone(snapshots):
     """What one process makes of every case."""
-    dit = whole_dit()
-    text = texts_of(dit, words(0), words(1))
     return {
-        name: dict(sample(case.plan, dit, text, noise_of(case.plan, 7, CHANNELS, HEIGHT, WIDTH),
-                          ready=clean(*case.ready), fps=FPS))
-        for name, case in CASES.items()
-    }  # fmt: skip
+        name: run_alone(name, reached=partial(snapshot.write, snapshots / name, layers=range(LAYERS))) for name in CASES
+    }
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
-def together(request, tmp_path_factory):
-    """What each process of a group left."""
+def group(request, tmp_path_factory, alone, snapshots):
+    """What each process of a group left, and their folder."""
     out = tmp_path_factory.mktemp(f"stages-{request.param}")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}",
-           "-m", "tests.parallel.cases", str(out)]  # fmt: skip
+           "-m", "tests.parallel.cases", str(out), str(snapshots)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return [torch.load(out / f"{stage}.pt") for stage in range(request.param)]
+    return [torch.load(out / f"{stage}.pt") for stage in range(request.param)], out
+
+
+@pytest.fixture(scope="module")
+def together(group):
+    """What each process of a group left."""
+    return group[0]
+
+
+def resumed(name, folder):
+    """What one process makes of a case from the midst of a run on."""
+    case, done = CASES[name], middle(folder)
+    noise = noise_of(case.plan, 7, CHANNELS, HEIGHT, WIDTH)
+    start = snapshot.read(folder, done, range(LAYERS), torch.device("cpu"), (case.plan, noise))
+    return run_alone(name, start=start)
+
+
+def tail_of(whole, rest, plan, folder):
+    """Hold the rest of a run to the whole, from the snapshot in the middle on."""
+    left = {block for p in plan.passes[: middle(folder)] for block in p.emits}
+    assert list(rest) == [block for block in whole if block not in left]
+    return all(torch.equal(rest[block], whole[block]) for block in rest)
 
 
 def test_the_video_is_that_of_one_process_to_the_bit(alone, together):
@@ -83,3 +115,12 @@ def test_a_queue_keeps_as_many_stages_busy_as_it_has_passes():
     plan = CASES["rolling-3"].plan
     ahead = max(i - done for i, done in enumerate(feeding_order(plan)))
     assert ahead > plan.method.num_lanes * plan.method.num_steps and LAYERS > 4
+
+
+def test_a_run_goes_on_from_a_snapshot_on_another_number_of_processes(alone, group, snapshots):
+    made, out = group
+    for name, case in CASES.items():
+        assert tail_of(alone[name], made[-1][name]["rest"], case.plan, snapshots / name), name
+        folder = out / "snapshots" / name
+        assert snapshot.found(folder, LAYERS) == snapshot.found(snapshots / name, LAYERS)
+        assert tail_of(alone[name], resumed(name, folder), case.plan, folder), name

@@ -1,0 +1,135 @@
+"""A run's point on disk: written by all of its processes, read by any number of them.
+
+A snapshot is a folder named by the number of passes done. It holds a file for each layer's features, so that a process
+reads those of its own layers whoever wrote them, and one for the latents and solver state. Each file appears whole
+(written aside, then renamed) with a checksum; a snapshot counts once all its files are there.
+"""
+
+import json
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longvid.flow import UniPCState
+from longvid.models.attention import KV
+from longvid.models.cache import Cache, Entry
+from longvid.plan import Plan
+from longvid.sampler import NoiseOf, Point, Queue
+
+KEPT = 2
+"""Whole snapshots that are kept: if the last is damaged, the one before is used."""
+
+
+class Damaged(ValueError):
+    """A file of a snapshot is not what was written."""
+
+
+def write(folder: Path, point: Point, layers: Sequence[int]) -> None:
+    """Write this process's part of a snapshot of all: features of `layers`, and the queue where it is held."""
+    place = folder / f"{point.done:09d}"
+    place.mkdir(parents=True, exist_ok=True)
+    entries = [[block, lane, entry.step, entry.start] for (block, lane), entry in point.cache.entries.items()]
+    for layer in layers:
+        features = {}
+        for (block, lane), entry in point.cache.entries.items():
+            features[f"{block}.{lane}.keys"] = entry.features[layer].keys
+            features[f"{block}.{lane}.values"] = entry.features[layer].values
+        _write(place / f"layer-{layer:03d}.safetensors", features, {"entries": entries})
+    if point.queue:
+        _write(place / "queue.safetensors", *_queue_tensors(point.queue))
+
+
+def drop_old(folder: Path, num_layers: int) -> None:
+    """Remove all snapshots but the last whole ones, and what is younger."""
+    for done in sorted(found(folder, num_layers))[:-KEPT]:
+        shutil.rmtree(folder / f"{done:09d}", ignore_errors=True)
+
+
+def found(folder: Path, num_layers: int) -> list[int]:
+    """Passes done at each snapshot that has all its files, in order."""
+    names = [f"layer-{layer:03d}.safetensors" for layer in range(num_layers)] + ["queue.safetensors"]
+    places = sorted(folder.glob("[0-9]" * 9)) if folder.is_dir() else []
+    return [int(place.name) for place in places if all((place / name).exists() for name in names)]
+
+
+def check(folder: Path, done: int, num_layers: int) -> None:
+    """Read every file of a snapshot; raises Damaged, naming the file, if one is not what was written."""
+    for layer in range(num_layers):
+        _read(folder / f"{done:09d}" / f"layer-{layer:03d}.safetensors")
+    _read(folder / f"{done:09d}" / "queue.safetensors")
+
+
+def read(
+    folder: Path, done: int, layers: Sequence[int], device: torch.device, queue: tuple[Plan, NoiseOf] | None
+) -> Point:
+    """The point at `done` passes with the features of `layers`, and with the queue for a process that holds it."""
+    place, entries = folder / f"{done:09d}", {}
+    for layer in layers:
+        tensors, notes = _read(place / f"layer-{layer:03d}.safetensors")
+        for block, lane, step, start in notes["entries"]:
+            kv = KV(*(tensors[f"{block}.{lane}.{name}"].to(device) for name in ("keys", "values")))
+            entry = entries.setdefault((block, lane), Entry(step, start, {}))
+            entry.features[layer] = kv
+    held = _queue_from(*_read(place / "queue.safetensors"), *queue, device) if queue else None
+    return Point(done=done, cache=Cache(entries), queue=held)
+
+
+def _queue_tensors(queue: Queue) -> tuple[dict[str, Tensor], dict]:
+    tensors = {f"latents.{block}": x for block, x in queue.latents.items()}
+    for block, state in queue.states.items():
+        if state is not None:
+            tensors |= {f"x0.{block}": state.x0, f"sample.{block}": state.sample}
+            if state.earlier_x0 is not None:
+                tensors[f"earlier_x0.{block}"] = state.earlier_x0
+    finite = [[*place, bool(flag)] for place, flag in queue.finite.items()]
+    return tensors, {"steps": list(queue.steps.items()), "finite": finite}
+
+
+def _queue_from(tensors: dict[str, Tensor], notes: dict, plan: Plan, noise: NoiseOf, device: torch.device) -> Queue:
+    tensors = {name: x.to(device) for name, x in tensors.items()}
+    of = {name: int(name.partition(".")[2]) for name in tensors}
+    latents = {of[name]: x for name, x in tensors.items() if name.startswith("latents.")}
+    states = {
+        block: UniPCState(x0=tensors[f"x0.{block}"], earlier_x0=tensors.get(f"earlier_x0.{block}"),
+                          sample=tensors[f"sample.{block}"])
+        for name, block in of.items() if name.startswith("x0.")
+    }  # fmt: skip
+    finite = {(block, step): torch.tensor(flag) for block, step, flag in notes["finite"]}
+    return Queue.restored(
+        plan, noise, device, latents=latents, steps=dict(notes["steps"]), states=states, finite=finite
+    )
+
+
+def _write(path: Path, tensors: dict[str, Tensor], notes: dict) -> None:
+    """Write aside, then rename; every tensor in memory of its own, with the sum over all of them."""
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    aside = path.with_suffix(".part")
+    save_file(tensors, aside, {"notes": json.dumps(notes), "sum": str(_sum(tensors))})
+    aside.rename(path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            notes = file.metadata()
+    except (OSError, SafetensorError) as error:
+        raise Damaged(f"{path} cannot be read ({error})") from error
+    if notes is None or notes.get("sum") != str(_sum(tensors)):
+        raise Damaged(f"{path} is damaged: its checksum is not that of its content")
+    return tensors, json.loads(notes["notes"])
+
+
+def _sum(tensors: dict[str, Tensor]) -> int:
+    """CRC-32 over names and bytes, in the order of names."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(name.encode(), total)
+        total = zlib.crc32(tensors[name].view(torch.uint8).numpy(), total) if tensors[name].numel() else total
+    return total

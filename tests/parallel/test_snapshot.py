@@ -1,0 +1,73 @@
+"""Snapshots appear whole or not at all, damage is noticed, and only the last ones are kept."""
+
+import pytest
+import torch
+
+from longvid.plan import make_plan
+from longvid.sampler import noise_of, sample
+from parallel import snapshot
+from pipelines.methods import rolling
+from tests.whole_clip import CHANNELS, FPS, HEIGHT, WIDTH, texts_of, tiny_dit, words
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A plan, its noise, and all points of its run with what had left before each."""
+    plan, dit = make_plan(rolling(num_steps=3), 20), tiny_dit()
+    noise = noise_of(plan, 3, CHANNELS, HEIGHT, WIDTH)
+    return plan, dit, noise
+
+
+def make(run, folder, **options):
+    plan, dit, noise = run
+    leave = lambda point: snapshot.write(folder, point, range(LAYERS))  # noqa: E731
+    return dict(sample(plan, dit, texts_of(dit, words(0), words(1)), noise, fps=FPS, reached=leave, **options))
+
+
+def test_every_point_leads_to_the_same_end(run, tmp_path):
+    plan, dit, noise = run
+    whole = make(run, tmp_path)
+    points = snapshot.found(tmp_path, LAYERS)
+    assert points == [i + 1 for i, p in enumerate(plan.passes) if p.emits]
+    for done in points:
+        start = snapshot.read(tmp_path, done, range(LAYERS), torch.device("cpu"), (plan, noise))
+        rest = dict(sample(plan, dit, texts_of(dit, words(0), words(1)), noise, fps=FPS, start=start))
+        assert list(whole)[len(whole) - len(rest) :] == list(rest)
+        assert all(torch.equal(rest[block], whole[block]) for block in rest)
+
+
+def test_a_part_without_latents_reads_its_layers_alone(run, tmp_path):
+    plan, _, _ = run
+    make(run, tmp_path)
+    done = snapshot.found(tmp_path, LAYERS)[2]
+    point = snapshot.read(tmp_path, done, [1], torch.device("cpu"), None)
+    assert point.queue is None and all(set(entry.features) == {1} for entry in point.cache.entries.values())
+
+
+@pytest.mark.parametrize("name", ["layer-001.safetensors", "queue.safetensors"])
+@pytest.mark.parametrize("how", ["lacking", "cut", "flipped"])
+def test_damage_is_noticed(run, tmp_path, name, how):
+    make(run, tmp_path)
+    points = snapshot.found(tmp_path, LAYERS)
+    path = tmp_path / f"{points[3]:09d}" / name
+    content = bytearray(path.read_bytes())
+    if how == "lacking":
+        path.unlink()
+        assert snapshot.found(tmp_path, LAYERS) == points[:3] + points[4:]
+        return
+    content[-5] ^= 1
+    path.write_bytes(content[:-40] if how == "cut" else content)
+    with pytest.raises(snapshot.Damaged, match=name):
+        snapshot.check(tmp_path, points[3], LAYERS)
+    snapshot.check(tmp_path, points[2], LAYERS)
+
+
+def test_the_last_two_are_kept(run, tmp_path):
+    make(run, tmp_path)
+    points = snapshot.found(tmp_path, LAYERS)
+    (tmp_path / f"{points[-1]:09d}" / "queue.safetensors").unlink()
+    snapshot.drop_old(tmp_path, LAYERS)
+    assert snapshot.found(tmp_path, LAYERS) == points[-3:-1]
+    assert len(list(tmp_path.iterdir())) == 3, "one that is not whole yet is somebody's work"
