@@ -22,7 +22,7 @@ TIMEOUT_S = 600
 """Seconds that a process waits for a message: longer than any pass, short enough to notice that another hangs."""
 
 
-def launch(module: str, words: Sequence[str], num_processes: int, threads: int) -> int:
+def launch(module: str, words: Sequence[str], num_processes: int, threads: int, max_restarts: int = 0) -> int:
     """Run `python -m module words...` as so many processes of one group on this machine; returns an exit code.
 
     That is 0, or that of the process that failed first; all others are ended then. Raises ChildProcessError if a signal
@@ -34,7 +34,7 @@ def launch(module: str, words: Sequence[str], num_processes: int, threads: int) 
 
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=num_processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=secrets.token_hex(8), max_restarts=0, shutdown_timeout=SHUTDOWN_S,
+        run_id=secrets.token_hex(8), max_restarts=max_restarts, shutdown_timeout=SHUTDOWN_S,
     )  # fmt: skip
     os.environ["OMP_NUM_THREADS"] = str(threads)
     logging.disable(logging.CRITICAL)  # the processes speak for themselves
@@ -68,7 +68,11 @@ def join(device: str):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+    timeout = timedelta(seconds=TIMEOUT_S)
+    store, rank, num_processes = next(dist.rendezvous("env://", timeout=timeout))
+    # After a restart the store still has the addresses of the processes before: each attempt has names of its own.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_processes, timeout=timeout)
     try:
         yield device
     finally:

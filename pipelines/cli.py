@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_REQUEST, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -33,6 +34,8 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", required=True, metavar="generate | extend | plan | train")
     generate = commands.add_parser("generate", help="make a video from a prompt")
     generate.add_argument("--image", metavar="F", help="a picture that the video starts from (PNG, JPEG, WebP)")
+    generate.add_argument("--resume", metavar="DIR", help="go on with a run that was cut, generate or extend; of other "
+                          "flags only --nproc, --threads, --max-restarts and --quiet are taken")  # fmt: skip
     extend = commands.add_parser("extend", help="go on with a video")
     extend.add_argument("--video", metavar="F", required=True, help="the video to go on with (any that decord reads)")
     plan = commands.add_parser("plan", help="print the matrix of steps and the list of passes")
@@ -80,8 +83,16 @@ def _add_output_flags(command: argparse.ArgumentParser) -> None:
     output.add_argument("--dry-run", action="store_true", help="check, print the configuration, make nothing")
     output.add_argument("--quiet", action="store_true", help="no progress, no configuration")
     spread = command.add_argument_group("processes")
-    spread.add_argument("--nproc", "--num-gpus", type=int, default=1, metavar="N", help="processes, one per GPU")
+    spread.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="processes, one per GPU (default: 1)")
     spread.add_argument("--threads", type=int, metavar="N", help="CPU threads of each process")
+    spread.add_argument("--max-restarts", type=int, metavar="N", help="times that processes which fail go on by "
+                        "themselves (default: 0)")  # fmt: skip
+    kept = command.add_argument_group("a run that is cut")
+    kept.add_argument("--run-dir", metavar="DIR", help="what a run needs to go on (default: NAME.run beside the video; "
+                      "removed at the end)")  # fmt: skip
+    kept.add_argument(
+        "--snapshot-every", type=int, default=8, metavar="N", help="blocks between two snapshots; 0: none"
+    )
 
 
 def _add_train_flags(train: argparse.ArgumentParser) -> None:
@@ -101,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
     options = parser().parse_args([_with_hyphens(word) for word in words])
-    options.words = words
+    options.words, options.goes_on = words, False
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         code = _run(options)
@@ -176,11 +187,29 @@ def _free_name(path: Path) -> Path:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    if options.resume:
+        return _resume(options)
     _use_threads(options.threads)
     from pipelines.configure import configure
 
     run = configure(**_request(options))
     return _make(options, run, run, num_frames=run.num_frames, source=run.image, notes={})
+
+
+def _resume(options: argparse.Namespace) -> int:
+    """Give the command of a run's folder again, where it was given, to go on from its last snapshot."""
+    from pipelines.run_folder import command_of
+
+    folder = Path(options.resume).resolve()
+    found = command_of(folder)
+    os.chdir(found["folder"])
+    stored = parser().parse_args(found["command"])
+    stored.resume, stored.run_dir, stored.overwrite, stored.goes_on = None, str(folder), True, True
+    stored.nproc = options.nproc or stored.nproc
+    stored.threads = options.threads or found["threads"]  # other numbers of threads may round differently
+    stored.max_restarts, stored.quiet = options.max_restarts, options.quiet
+    stored.words = ["generate", "--resume", str(folder), *(["--quiet"] if options.quiet else [])]
+    return COMMANDS[stored.command](stored)
 
 
 def _extend(options: argparse.Namespace) -> int:
@@ -197,26 +226,46 @@ def _extend(options: argparse.Namespace) -> int:
 
 def _make(options, request, run, *, num_frames: int, source: Path | None, notes: dict) -> int:
     """Make the video of a request: here, in processes that this one starts, or as one of those."""
-    outputs = _outputs(options)
-    is_worker = _is_worker()
-    if not is_worker:
+    outputs, plan = _outputs(options), request.plan()
+    described = _describe(run, plan, outputs, notes)
+    from pipelines.run_folder import RunFolder
+    from pipelines.spread import Task, check_processes, keeping_of, start, taken_part
+
+    path = Path(options.run_dir) if options.run_dir else outputs.video.with_suffix(".run")
+    folder = RunFolder(path=path, every=options.snapshot_every)
+    num_processes = 1 if options.nproc is None else options.nproc
+    if not _is_worker():
+        check_processes(num_processes, run)
         outputs.check(num_frames, run.height, run.width, source=source)
-    described = _describe(run, request.plan(), outputs, notes)
+        folder.check(overwrite=options.overwrite)
     if options.dry_run:
         return _print([json.dumps(described, indent=2, default=str)])
-    from pipelines.spread import Task, check_processes, start, taken_part
-
-    task = Task(request=request, outputs=outputs, notes=notes)
-    if not is_worker:
-        check_processes(options.nproc, run)
-        if options.nproc > 1:
-            return start(options.words, task, options.nproc, options.threads)
-        return _carry_out(options, task, described, num_frames)
+    goes_on = options.goes_on or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    outputs = replace(outputs, overwrite=options.overwrite or goes_on)
+    keeping = keeping_of(folder, run, plan, goes_on=goes_on, say=lambda line: print(line, file=sys.stderr))
+    task = Task(request=request, outputs=outputs, notes=notes, keeping=keeping)
+    if not _is_worker():
+        with _way_on(folder):
+            if num_processes == 1:
+                return _carry_out(options, task, described, num_frames)
+            command = options.words if options.goes_on else _whole_command(options, task)
+            return start(command, num_processes, options.threads, options.max_restarts or 0)
     with taken_part(task) as (task, stage):
         if stage and not stage.is_last:
             return _work(task, stage)
-        task.outputs.check(num_frames, run.height, run.width, source=source)
+        if not goes_on:
+            task.outputs.check(num_frames, run.height, run.width, source=source)
         return _carry_out(options, task, described, num_frames, stage)
+
+
+@contextmanager
+def _way_on(folder):
+    """Say how to go on with a run that does not come to its end: its folder is still there then."""
+    try:
+        yield
+    finally:
+        if folder.is_there:
+            print(f"go on with: longvid generate --resume {folder.path}", file=sys.stderr)
 
 
 def _work(task, stage) -> int:
@@ -264,6 +313,9 @@ def _carry_out(options, task, described: dict, num_frames: int, stage=None) -> i
     meter = Meter(keep_latents=outputs.latents is not None)
     frames = task.frames(meter, stage)
     _show(options, described)
+    folder = task.keeping.folder
+    if not task.keeping.start:
+        folder.begin(_whole_command(options, task), run)
     try:
         counts = record(run, frames, meter, outputs, num_frames=num_frames, notes=task.notes)
         with Progress(num_frames, run.fps, quiet=options.quiet) as progress, closing(counts):
@@ -277,7 +329,13 @@ def _carry_out(options, task, described: dict, num_frames: int, stage=None) -> i
         raise
     if not options.quiet:
         print(f"latent_sha256 {meter.latent_sha256}", file=sys.stderr)
+    folder.remove()
     return _print([str(outputs.video)])
+
+
+def _whole_command(options, task) -> list[str]:
+    """The command with what was chosen for it, so that it can be given again."""
+    return [*options.words, "--seed", str(task.run.seed), "--output", str(task.outputs.video)]
 
 
 def _use_threads(threads: int | None) -> None:

@@ -11,6 +11,7 @@ from longvid.plan import Plan, cut_into_blocks, make_plan
 from parallel.execute import Stage
 from pipelines.configure import Run
 from pipelines.generate import Models, Observer, encode_frames, load_models, roll
+from pipelines.run_folder import Keeping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,12 @@ def configure_extension(run: Run, video: Path) -> Extension:
     return Extension(run=run, video=video, input_frames=frames, history_latents=min(wanted, (frames - 1) // 4 + 1))
 
 
-def extend(extension: Extension, observer: Observer | None = None, stage: Stage | None = None) -> Iterator[np.ndarray]:
+def extend(
+    extension: Extension,
+    observer: Observer | None = None,
+    stage: Stage | None = None,
+    keeping: Keeping | None = None,
+) -> Iterator[np.ndarray]:
     """Yield uint8 (n, height, width, 3): every frame of the input at the model's size and rate, then the new ones.
 
     Raises as `pipelines.generate.generate` does, and ValueError where a frame of the input turns out to be damaged.
@@ -63,12 +69,12 @@ def extend(extension: Extension, observer: Observer | None = None, stage: Stage 
     read = read_video(extension.video, height=run.height, width=run.width, fps=run.fps)
     models, observer = load_models(run, stage), observer or Observer()
     if models.vae is None:  # frames are made on the last stage alone
-        return roll(run, extension.plan(), models, [], observer)
-    return _go_on(extension, read, models, observer)
+        return roll(run, extension.plan(), models, [], observer, keeping)
+    return _go_on(extension, read, models, observer, keeping)
 
 
 def _go_on(
-    extension: Extension, read: Iterator[np.ndarray], models: Models, observer: Observer
+    extension: Extension, read: Iterator[np.ndarray], models: Models, observer: Observer, keeping: Keeping | None
 ) -> Iterator[np.ndarray]:
     run = extension.run
     window = 4 * (extension.history_latents - 1) + 1
@@ -78,4 +84,4 @@ def _go_on(
         yield frames
     history = encode_frames(models.vae, tail)
     ready = list(history.split(list(extension.ready_blocks()), dim=2))
-    yield from roll(run, extension.plan(), models, ready, observer, shows_ready=False)
+    yield from roll(run, extension.plan(), models, ready, observer, keeping, shows_ready=False)

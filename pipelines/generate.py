@@ -20,6 +20,7 @@ from longvid.types import Latents, Video
 from parallel.execute import Stage, carry_out, from_all, from_first
 from parallel.split import split_layers
 from pipelines.configure import Run, configure
+from pipelines.run_folder import Keeping
 from pipelines.usage import Usage, peak_memory_mb
 
 __all__ = ["Models", "Observer", "Run", "configure", "generate", "load_models"]
@@ -88,22 +89,31 @@ def encode_prompts(folder: Folder, run: Run, dtype: torch.dtype) -> list[torch.T
     return [encoder(prompt) for prompt in prompts]
 
 
-def generate(run: Run, observer: Observer | None = None, stage: Stage | None = None) -> Iterator[np.ndarray]:
+def generate(
+    run: Run, observer: Observer | None = None, stage: Stage | None = None, keeping: Keeping | None = None
+) -> Iterator[np.ndarray]:
     """Load the models, and yield frames as blocks leave: uint8 (n, height, width, 3), `run.num_frames` in all.
 
-    With a stage this process holds its part of the layers, and only the last stage yields frames. Raises ValueError for
-    a wrong request at once, and FloatingPointError (block and step named) if latents stop being finite while frames are
-    made.
+    With a stage this process holds its part of the layers, and only the last stage yields frames. `keeping` leaves
+    snapshots in a run's folder, and goes on from one: all frames are yielded again. Raises ValueError for a wrong
+    request at once, and FloatingPointError (block and step named) if latents stop being finite while frames are made.
     """
     models = load_models(run, stage)
     ready: list[Latents] = []
     if run.image and models.vae:
         ready.append(encode_frames(models.vae, read_image(run.image, run.height, run.width)[None]))
-    return roll(run, run.plan(), models, ready, observer or Observer())
+    return roll(run, run.plan(), models, ready, observer or Observer(), keeping)
 
 
 def roll(
-    run: Run, plan: Plan, models: Models, ready: list[Latents], observer: Observer, *, shows_ready: bool = True
+    run: Run,
+    plan: Plan,
+    models: Models,
+    ready: list[Latents],
+    observer: Observer,
+    keeping: Keeping | None,
+    *,
+    shows_ready: bool = True,
 ) -> Iterator[np.ndarray]:
     """Carry the plan out and decode each block as it leaves. Ready blocks are decoded first, for the VAE's state.
 
@@ -115,8 +125,15 @@ def roll(
         if shows_ready:
             observer.left(block, latents)
             yield frames
-    for block, latents in _blocks(run, plan, models, ready, observer):
+    if keeping and models.vae:
+        for block, latents in keeping.folder.kept(plan, keeping.start):
+            observer.left(block, latents)
+            frames, state = decode(models.vae, latents, state)
+            yield frames
+    for block, latents in _blocks(run, plan, models, ready, observer, keeping):
         observer.left(block, latents)
+        if keeping:
+            keeping.folder.keep(block, latents)
         frames, state = decode(models.vae, latents, state)
         yield frames
     observer.ended(_usage(run, models.stage, time.perf_counter() - start))
@@ -132,12 +149,16 @@ def _usage(run: Run, stage: Stage | None, seconds: float) -> list[Usage]:
 
 
 def _blocks(
-    run: Run, plan: Plan, models: Models, ready: list[Latents], observer: Observer
+    run: Run, plan: Plan, models: Models, ready: list[Latents], observer: Observer, keeping: Keeping | None
 ) -> Iterator[tuple[int, Latents]]:
-    size = models.latent_size
+    size, layers = models.latent_size, models.dit.layers
     noise = noise_of(plan, run.seed, *size)
     text: Callable[[Pass], TextFeatures] = lambda p: models.text[p.lane]  # noqa: E731
     common = {"ready": ready, "fps": run.fps, "observe": observer.passed}
+    if keeping:
+        queue = (plan, noise) if models.vae else None
+        common["start"] = keeping.point(layers, next(models.dit.parameters()).device, queue)
+        common["reached"] = keeping.reached(plan, layers)
     if models.stage is None:
         return sample(plan, models.dit, text, noise, **common)
     return carry_out(plan, models.dit, models.stage, text, noise, size, **common)

@@ -9,21 +9,24 @@ import torch
 import torch.distributed as dist
 
 from longvid.checkpoints.diffusers_folder import open_folder
+from longvid.plan import Plan
 from parallel.execute import Stage, from_first, make_stage
 from parallel.launch import join, launch, threads_each
 from pipelines.configure import Run
 from pipelines.extend import Extension, extend
 from pipelines.generate import Observer, generate
 from pipelines.record import Outputs
+from pipelines.run_folder import Keeping, RunFolder, check_same, newest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A request and where its video goes; `notes` are for the sidecar."""
+    """A request, where its video goes and how the run is kept; `notes` are for the sidecar."""
 
     request: Run | Extension
     outputs: Outputs
     notes: dict
+    keeping: Keeping
 
     @property
     def run(self) -> Run:
@@ -33,7 +36,7 @@ class Task:
     def frames(self, observer: Observer, stage: Stage | None = None) -> Iterator[np.ndarray]:
         """Blocks of frames as they are made; with a stage, on the last one."""
         make: Callable = generate if isinstance(self.request, Run) else extend
-        return make(self.request, observer, stage)
+        return make(self.request, observer, stage, self.keeping)
 
     def on(self, device: str) -> "Task":
         """The same on another device."""
@@ -54,10 +57,22 @@ def check_processes(num_processes: int, run: Run) -> None:
                          f"use --nproc {torch.cuda.device_count()}")  # fmt: skip
 
 
-def start(words: Sequence[str], task: Task, num_processes: int, threads: int | None) -> int:
-    """Run the command line `words` as several processes; what was chosen for it is said to them. Gives an exit code."""
-    chosen = ["--seed", str(task.run.seed), "--output", str(task.outputs.video)]
-    return launch("pipelines.cli", [*words, *chosen], num_processes, threads or threads_each(num_processes))
+def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: Callable[[str], None]) -> Keeping:
+    """How a run is kept: from its beginning, or from the newest whole snapshot of the run that was cut.
+
+    Raises ValueError if that was another run.
+    """
+    num_layers = open_folder(run.model).transformer["num_layers"]
+    start = 0
+    if goes_on and folder.is_there:
+        check_same(folder.path, run)
+        start = newest(folder, plan, num_layers, say)
+    return Keeping(folder=folder, num_layers=num_layers, start=start)
+
+
+def start(command: Sequence[str], num_processes: int, threads: int | None, max_restarts: int) -> int:
+    """Run a command line of `longvid` as several processes; gives an exit code."""
+    return launch("pipelines.cli", command, num_processes, threads or threads_each(num_processes), max_restarts)
 
 
 @contextmanager
