@@ -52,28 +52,28 @@ class Stage:
 
 
 def make_stage(num_stages: int, device: torch.device) -> Stage:
-    """Link this process (its rank is its stage) with its neighbours in the ring, and warm the links up.
+    """Link this process with its neighbours in the ring of stages, and warm the links up.
 
-    Every process must call it. Raises ValueError unless there are at least two.
+    Rank 0, on the first machine, is the last stage: files are written where the first command was given. Every process
+    must call it. Raises ValueError unless there are at least two.
     """
     rank = dist.get_rank()
     if num_stages < 2 or dist.get_world_size() != num_stages:
         raise ValueError(f"{num_stages} stages on {dist.get_world_size()} processes: the numbers must be equal")
-    edges = [(i, (i + 1) % num_stages) for i in range(num_stages)]
-    groups = [dist.new_group(sorted(edge)) for edge in edges]
+    groups = [dist.new_group(sorted((sender, (sender + 1) % num_stages))) for sender in range(num_stages)]
     source = Receiver(groups[rank - 1], (rank - 1) % num_stages, device)
     target = Sender(groups[rank], (rank + 1) % num_stages)
     source.expect((1,), torch.float32)
     target.send(torch.zeros(1, device=device))
     source.receive()
     target.flush()
-    return Stage(index=rank, num_stages=num_stages, source=source, target=target)
+    return Stage(index=(rank - 1) % num_stages, num_stages=num_stages, source=source, target=target)
 
 
-def from_first(stage: Stage, make: Callable[[], T]) -> T:
-    """What the first stage makes, on every stage. A ValueError there ends the others without a word."""
+def from_rank_0(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every process. A ValueError there ends the others without a word."""
     found: list = [None]
-    if stage.is_first:
+    if dist.get_rank() == 0:
         try:
             found = [make()]
         except ValueError:

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -18,25 +19,60 @@ import torch.distributed as dist
 SHUTDOWN_S = 5
 """Seconds that processes have to end by themselves once one of them has failed."""
 
+MEET_S = 120
+"""Seconds that a machine waits for the others."""
+
 TIMEOUT_S = 600
 """Seconds that a process waits for a message: longer than any pass, short enough to notice that another hangs."""
 
 
-def launch(module: str, words: Sequence[str], num_processes: int, threads: int, max_restarts: int = 0) -> int:
-    """Run `python -m module words...` as so many processes of one group on this machine; returns an exit code.
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How many processes on how many machines; `machine` counts this one, `endpoint` is HOST:PORT on machine 0."""
+
+    num_processes: int
+    threads: int
+    num_machines: int = 1
+    machine: int = 0
+    endpoint: str = ""
+    max_restarts: int = 0
+
+    def __post_init__(self):
+        if self.num_machines < 1 or not 0 <= self.machine < self.num_machines:
+            raise ValueError(f"node_rank={self.machine} of nnodes={self.num_machines}: machines are counted from 0 to "
+                             f"{max(self.num_machines, 1) - 1}")  # fmt: skip
+        host, colon, port = self.endpoint.rpartition(":")
+        if self.num_machines > 1 and not (host and colon and port.isdigit()):
+            raise ValueError(f"rdzv_endpoint={self.endpoint!r} must be HOST:PORT of the first machine, the same on "
+                             "all; such as 10.0.0.1:29400")  # fmt: skip
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts={self.max_restarts} must be at least 0; try 1")
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return self.num_processes * self.num_machines
+
+
+def launch(module: str, words: Sequence[str], how: Launch) -> int:
+    """Run `python -m module words...` as the processes of this machine, in one group with all; returns an exit code.
 
     That is 0, or that of the process that failed first; all others are ended then. Raises ChildProcessError if a signal
-    ended it, and KeyboardInterrupt if one was to end this process.
+    ended it, KeyboardInterrupt if one was to end this process, and ValueError if the machines do not meet.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    alone = how.num_machines == 1
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=num_processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=secrets.token_hex(8), max_restarts=max_restarts, shutdown_timeout=SHUTDOWN_S,
+        min_nodes=how.num_machines, max_nodes=how.num_machines, nproc_per_node=how.num_processes,
+        rdzv_backend="c10d" if alone else "static", rdzv_endpoint="localhost:0" if alone else how.endpoint,
+        rdzv_configs={} if alone else {"rank": how.machine, "timeout": MEET_S},
+        run_id=secrets.token_hex(8) if alone else "longvid", max_restarts=how.max_restarts,
+        shutdown_timeout=SHUTDOWN_S,
     )  # fmt: skip
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_NUM_THREADS"] = str(how.threads)
     logging.disable(logging.CRITICAL)  # the processes speak for themselves
     try:
         elastic_launch(config, sys.executable)("-m", module, *words)
@@ -48,6 +84,10 @@ def launch(module: str, words: Sequence[str], num_processes: int, threads: int, 
         return failures[0].exitcode
     except SignalException as error:
         raise KeyboardInterrupt from error
+    except dist.DistError as error:
+        raise ValueError(f"the {how.num_machines} machines did not meet at {how.endpoint} within {MEET_S} s: {error}; "
+                         "start the same command on each, with its --node-rank, and see that the port is free and "
+                         "open") from error  # fmt: skip
     finally:
         logging.disable(logging.NOTSET)
     return 0

@@ -85,6 +85,11 @@ def _add_output_flags(command: argparse.ArgumentParser) -> None:
     spread = command.add_argument_group("processes")
     spread.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="processes, one per GPU (default: 1)")
     spread.add_argument("--threads", type=int, metavar="N", help="CPU threads of each process")
+    spread.add_argument("--nnodes", type=int, metavar="N", help="machines; start the same command on each")
+    spread.add_argument(
+        "--node-rank", type=int, metavar="R", help="which of them this is, from 0, which gets the files"
+    )
+    spread.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where they meet: a free port of machine 0")
     spread.add_argument("--max-restarts", type=int, metavar="N", help="times that processes which fail go on by "
                         "themselves (default: 0)")  # fmt: skip
     kept = command.add_argument_group("a run that is cut")
@@ -205,7 +210,9 @@ def _resume(options: argparse.Namespace) -> int:
     os.chdir(found["folder"])
     stored = parser().parse_args(found["command"])
     stored.resume, stored.run_dir, stored.overwrite, stored.goes_on = None, str(folder), True, True
-    stored.nproc = options.nproc or stored.nproc
+    for name in ("nproc", "nnodes", "node_rank", "rdzv_endpoint"):
+        if getattr(options, name) is not None:
+            setattr(stored, name, getattr(options, name))
     stored.threads = options.threads or found["threads"]  # other numbers of threads may round differently
     stored.max_restarts, stored.quiet = options.max_restarts, options.quiet
     stored.words = ["generate", "--resume", str(folder), *(["--quiet"] if options.quiet else [])]
@@ -228,16 +235,20 @@ def _make(options, request, run, *, num_frames: int, source: Path | None, notes:
     """Make the video of a request: here, in processes that this one starts, or as one of those."""
     outputs, plan = _outputs(options), request.plan()
     described = _describe(run, plan, outputs, notes)
+    from parallel.launch import launch
     from pipelines.run_folder import RunFolder
-    from pipelines.spread import Task, check_processes, keeping_of, start, taken_part
+    from pipelines.spread import Task, check_processes, keeping_of, taken_part
 
+    how = _how(options)
+    is_first = not _is_worker() and how.machine == 0
+    if is_first:
+        outputs.check(num_frames, run.height, run.width, source=source)
     path = Path(options.run_dir) if options.run_dir else outputs.video.with_suffix(".run")
     folder = RunFolder(path=path, every=options.snapshot_every)
-    num_processes = 1 if options.nproc is None else options.nproc
-    if not _is_worker():
-        check_processes(num_processes, run)
-        outputs.check(num_frames, run.height, run.width, source=source)
+    if is_first:
         folder.check(overwrite=options.overwrite)
+    if not _is_worker():
+        check_processes(how, run)
     if options.dry_run:
         return _print([json.dumps(described, indent=2, default=str)])
     goes_on = options.goes_on or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -246,16 +257,28 @@ def _make(options, request, run, *, num_frames: int, source: Path | None, notes:
     task = Task(request=request, outputs=outputs, notes=notes, keeping=keeping)
     if not _is_worker():
         with _way_on(folder):
-            if num_processes == 1:
+            if how.world_size == 1:
                 return _carry_out(options, task, described, num_frames)
             command = options.words if options.goes_on else _whole_command(options, task)
-            return start(command, num_processes, options.threads, options.max_restarts or 0)
+            return launch("pipelines.cli", command, how)
     with taken_part(task) as (task, stage):
         if stage and not stage.is_last:
             return _work(task, stage)
         if not goes_on:
             task.outputs.check(num_frames, run.height, run.width, source=source)
         return _carry_out(options, task, described, num_frames, stage)
+
+
+def _how(options):
+    """The processes asked for."""
+    from parallel.launch import Launch, threads_each
+
+    num_processes = 1 if options.nproc is None else options.nproc
+    return Launch(
+        num_processes=num_processes, threads=options.threads or threads_each(max(1, num_processes)),
+        num_machines=1 if options.nnodes is None else options.nnodes, machine=options.node_rank or 0,
+        endpoint=options.rdzv_endpoint or "", max_restarts=options.max_restarts or 0,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -326,6 +349,8 @@ def _carry_out(options, task, described: dict, num_frames: int, stage=None) -> i
             print(f"{outputs.video} holds the {done} frames made so far and plays", file=sys.stderr)
             if isinstance(error, ValueError):
                 raise Broken(error) from error
+        elif not task.keeping.start:  # nothing to go on with
+            folder.remove()
         raise
     if not options.quiet:
         print(f"latent_sha256 {meter.latent_sha256}", file=sys.stderr)

@@ -17,7 +17,7 @@ from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import noise_of, sample
 from longvid.types import Latents, Video
-from parallel.execute import Stage, carry_out, from_all, from_first
+from parallel.execute import Stage, carry_out, from_all, from_rank_0
 from parallel.split import split_layers
 from pipelines.configure import Run, configure
 from pipelines.run_folder import Keeping
@@ -64,7 +64,7 @@ def load_models(run: Run, stage: Stage | None = None) -> Models:
     if stage is None:
         states, layers = encode_prompts(folder, run, dtype), None
     else:
-        states = from_first(stage, lambda: encode_prompts(folder, run, dtype))
+        states = from_rank_0(lambda: encode_prompts(folder, run, dtype))
         layers = split_layers([1.0] * folder.transformer["num_layers"], stage.num_stages)[stage.index]
     dit = load_dit(folder, dtype, run.device, layers).eval()
     vae = load_vae(folder, torch.float32, run.device).eval() if stage is None or stage.is_last else None

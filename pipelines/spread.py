@@ -1,17 +1,19 @@
 """A request on several processes: which it may have, starting them, and what each of them does."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from longvid.checkpoints.diffusers_folder import open_folder
+from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.plan import Plan
-from parallel.execute import Stage, from_first, make_stage
-from parallel.launch import join, launch, threads_each
+from parallel.execute import Stage, from_all, from_rank_0, make_stage
+from parallel.launch import Launch, join
 from pipelines.configure import Run
 from pipelines.extend import Extension, extend
 from pipelines.generate import Observer, generate
@@ -44,16 +46,17 @@ class Task:
         return replace(self, request=run if isinstance(self.request, Run) else replace(self.request, run=run))
 
 
-def check_processes(num_processes: int, run: Run) -> None:
+def check_processes(how: Launch, run: Run) -> None:
     """Raise ValueError unless each process has a layer, and on GPUs a GPU."""
     num_layers = open_folder(run.model).transformer["num_layers"]
-    if not 1 <= num_processes <= num_layers:
+    if how.num_processes < 1 or how.world_size > num_layers:
+        most = max(1, num_layers // how.num_machines)
         raise ValueError(
-            f"nproc={num_processes} must be from 1 to {num_layers}: each process keeps at least one of the model's "
-            f"{num_layers} layers; try {min(num_layers, 2)}"
+            f"nproc={how.num_processes} on {how.num_machines} machine(s): each process keeps at least one of the "
+            f"model's {num_layers} layers; use 1 to {most}"
         )
-    if run.device.startswith("cuda") and num_processes > torch.cuda.device_count():
-        raise ValueError(f"nproc={num_processes} is more than the {torch.cuda.device_count()} GPUs of this machine; "
+    if run.device.startswith("cuda") and how.num_processes > torch.cuda.device_count():
+        raise ValueError(f"nproc={how.num_processes} is more than this machine's {torch.cuda.device_count()} GPUs; "
                          f"use --nproc {torch.cuda.device_count()}")  # fmt: skip
 
 
@@ -70,11 +73,6 @@ def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: C
     return Keeping(folder=folder, num_layers=num_layers, start=start)
 
 
-def start(command: Sequence[str], num_processes: int, threads: int | None, max_restarts: int) -> int:
-    """Run a command line of `longvid` as several processes; gives an exit code."""
-    return launch("pipelines.cli", command, num_processes, threads or threads_each(num_processes), max_restarts)
-
-
 @contextmanager
 def taken_part(task: Task) -> Iterator[tuple[Task, Stage | None]]:
     """This process as one of several: the task as the first has it, on this process's device, and its stage."""
@@ -83,5 +81,18 @@ def taken_part(task: Task) -> Iterator[tuple[Task, Stage | None]]:
         if num_stages == 1:
             yield task.on(device), None
             return
+        check_alike(task.run)
         stage = make_stage(num_stages, torch.device(device))
-        yield from_first(stage, lambda: task).on(device), stage
+        yield from_rank_0(lambda: task).on(device), stage
+
+
+def check_alike(run: Run) -> None:
+    """Raise ValueError, on rank 0, unless all processes have the same versions and the same checkpoint."""
+    this = {"checkpoint": fingerprint(run.model), "longvid": version("longvid"), "torch": torch.__version__}
+    for rank, other in enumerate(from_all(this)):
+        for name, value in this.items():
+            if other[name] != value and dist.get_rank() == 0:
+                raise ValueError(f"the process of rank {rank} has {name} {other[name]}, that of rank 0 {value}: a "
+                                 f"video is made with one; bring the machines to the same {name}")  # fmt: skip
+            if other[name] != value:
+                raise SystemExit(2)

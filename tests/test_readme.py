@@ -57,7 +57,7 @@ def test_the_map_names_every_module_and_nothing_else():
         path.relative_to(ROOT).as_posix()
         for floor in FLOORS
         for path in (ROOT / floor).rglob("*")
-        if path.suffix in (".py", ".sh") and path.name != "__init__.py"
+        if path.suffix in (".py", ".sh", ".sbatch") and path.name != "__init__.py"
     }
     assert mapped() == there
 

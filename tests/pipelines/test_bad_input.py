@@ -287,6 +287,7 @@ def test_a_video_damaged_in_the_middle_keeps_what_was_made(longvid, here):
     (here / "in.mp4").write_bytes(whole)
     answer = longvid("extend", "--video", "in.mp4", "--output", "out.mp4", "--num-frames", 5, *QUICK, "--quiet")
     assert answer.code == 1 and answer.out == "", answer
-    kept, failed = answer.err.splitlines()
+    kept, way_on, failed = answer.err.splitlines()
+    assert way_on == "go on with: longvid generate --resume out.run"
     assert kept.startswith("out.mp4 holds the") and failed.startswith("longvid extend failed: in.mp4 is cut short")
     assert json.loads((here / "out.json").read_text())["ended"] == "failed"

@@ -153,7 +153,7 @@ def test_what_was_made_before_the_numbers_went_wrong_stays(longvid, here, monkey
     monkeypatch.setattr(sampler, "block_noise", noise)
     answer = longvid("generate", *QUICK, "--num-frames", 45, "--quiet")
     assert (answer.code, answer.out) == (1, "")
-    kept, failed = answer.err.splitlines()
+    kept, _, failed = answer.err.splitlines()
     assert kept == "longvid.mp4 holds the 13 frames made so far and plays"
     assert "block 2" in failed and "step 0" in failed
     assert len(load(here / "longvid.mp4")) == 13

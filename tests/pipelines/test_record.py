@@ -85,7 +85,8 @@ def test_a_full_disk(longvid, here, monkeypatch):
     words = ["--metrics", "m.json", "--contact-sheet", "s.png", "--save-latents", "l.st"]
     answer = longvid("generate", *QUICK, "--num-frames", 33, "--quiet", *words)
     assert (answer.code, answer.out) == (1, "")
-    kept, failed = answer.err.splitlines()
+    kept, way_on, failed = answer.err.splitlines()
+    assert way_on == "go on with: longvid generate --resume longvid.run"
     assert kept == "longvid.mp4 holds the 13 frames made so far and plays"
     assert failed.startswith("longvid generate failed: ") and "No space left" in failed
     assert len(load(here / "longvid.mp4")) == 13
@@ -122,7 +123,8 @@ def test_a_run_that_is_stopped_leaves_a_video(model, here, number, code, ended):
     num_frames = len(load(video))
     assert num_frames >= 20
     if code == 130:
-        kept, interrupted = err.splitlines()[-2:]
+        kept, way_on, interrupted = err.splitlines()[-3:]
+        assert way_on == "go on with: longvid generate --resume longvid.run"
         assert kept.startswith("longvid.mp4 holds the ") and interrupted == "longvid generate: interrupted"
         assert num_frames == written["metrics"]["frames"]
 
