@@ -1,9 +1,10 @@
-"""Carries a plan out on this process's stage: the same passes in the same order on every stage, each on its layers.
+"""Carries a plan out on this process's part: the plan's passes in their order, on its layers, for its lanes.
 
-The last stage holds latents, noise and solver state. It hands the first stage the latents of a pass as soon as every
-earlier pass that changes them is done; hidden states go from stage to stage; features never leave their process. What
-is sent, and in which order, follows from the plan alone, so each edge is first in, first out. It computes what
-`longvid.sampler.sample` computes, to the bit: only where a layer runs differs.
+The head (the last stage of lane 0) holds latents, noise and solver state. It hands the first stage of each lane the
+latents of a pass as soon as every earlier pass that changes them is done; hidden states go from stage to stage, the
+velocity of another lane back to the head; features never leave their process. What is sent, and in which order, follows
+from the plan alone, so each edge is first in, first out. It computes what `longvid.sampler.sample` computes, to the
+bit: only where a layer runs differs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,54 +21,94 @@ from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import NoiseOf, Point, Queue, timesteps_of
 from longvid.types import Latents
-from parallel.link import Receiver, Sender
+from parallel.grid import Grid
+from parallel.link import Local, Message, Receiver, Sender
 
 T = TypeVar("T")
-
-RECEIVES_AHEAD = 2
-"""Messages for which a receive is posted before they are needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """This process's place in the pipeline and its links; `source` is the stage before, of the first stage the last.
+    """This process's place on the grid and its links.
 
-    `target` is the stage after, of the last stage the first.
+    `source` brings what its layers are applied to, `target` takes what they give. The head has besides `feeds`, one
+    for each lane of the grid, and `answers`, which bring the velocities of the other lanes; its target is itself.
     """
 
+    grid: Grid
     index: int
-    num_stages: int
-    source: Receiver
-    target: Sender
+    lane: int | None
+    source: Receiver | Local
+    target: Sender | Local
+    feeds: tuple[Sender | Local, ...] = ()
+    answers: tuple[Receiver, ...] = ()
 
     @property
-    def is_first(self) -> bool:
-        """Whether it embeds."""
-        return self.index == 0
+    def is_head(self) -> bool:
+        """Whether it holds latents and solver state."""
+        return bool(self.feeds)
 
     @property
-    def is_last(self) -> bool:
-        """Whether it unembeds, and holds latents and solver state."""
-        return self.index == self.num_stages - 1
+    def num_lanes(self) -> int:
+        """Lanes of the grid."""
+        return self.grid.num_lanes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes sent to other processes."""
+        return sum(link.num_bytes for link in {id(link): link for link in (self.target, *self.feeds)}.values())
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for other processes."""
+        return sum(link.waited_s for link in (self.source, *self.answers))
+
+    def runs(self, p: Pass) -> bool:
+        """Whether a pass goes through this process's layers."""
+        return self.lane is None or self.lane == p.lane
 
 
-def make_stage(num_stages: int, device: torch.device) -> Stage:
-    """Link this process with its neighbours in the ring of stages, and warm the links up.
+def make_stage(grid: Grid, device: torch.device) -> Stage:
+    """Link this process with those that it works with, and warm the links up. Every process must call it.
 
-    Rank 0, on the first machine, is the last stage: files are written where the first command was given. Every process
-    must call it. Raises ValueError unless there are at least two.
+    Raises ValueError unless there are as many processes as the grid has places.
     """
     rank = dist.get_rank()
-    if num_stages < 2 or dist.get_world_size() != num_stages:
-        raise ValueError(f"{num_stages} stages on {dist.get_world_size()} processes: the numbers must be equal")
-    groups = [dist.new_group(sorted((sender, (sender + 1) % num_stages))) for sender in range(num_stages)]
-    source = Receiver(groups[rank - 1], (rank - 1) % num_stages, device)
-    target = Sender(groups[rank], (rank + 1) % num_stages)
-    source.expect((1,), torch.float32)
-    target.send(torch.zeros(1, device=device))
-    source.receive()
-    target.flush()
-    return Stage(index=(rank - 1) % num_stages, num_stages=num_stages, source=source, target=target)
+    if dist.get_world_size() != grid.world_size:
+        raise ValueError(f"a grid of {grid.world_size} on {dist.get_world_size()} processes: they must be equal")
+    senders: dict[int, Sender] = {}
+    receivers: dict[int, Receiver] = {}
+    for sender, receiver in grid.edges():
+        group = dist.new_group(sorted((sender, receiver)))
+        if rank == sender:
+            senders[receiver] = Sender(group, receiver)
+        if rank == receiver:
+            receivers[sender] = Receiver(group, sender, device)
+    for link in receivers.values():
+        link.expect([((1,), torch.float32)])
+    for link in senders.values():
+        link.send(torch.zeros(1, device=device))
+    for link in receivers.values():
+        link.receive()
+        link.waited_s = 0.0
+    for link in senders.values():
+        link.flush()
+        link.num_bytes = 0
+    place = grid.place(rank)
+    if rank:
+        lane = place.lane or 0
+        before = 0 if place.stage == 0 else grid.rank(lane, place.stage - 1)
+        after = 0 if place.stage == grid.num_stages - 1 else grid.rank(lane, place.stage + 1)
+        return Stage(grid=grid, index=place.stage, lane=place.lane, source=receivers[before], target=senders[after])
+    itself = Local()
+    firsts = [grid.rank(lane, 0) for lane in range(grid.num_lanes)]
+    last = grid.num_stages - 1
+    return Stage(
+        grid=grid, index=place.stage, lane=place.lane, target=Local(),
+        source=itself if grid.num_stages == 1 else receivers[grid.rank(0, last - 1)],
+        feeds=tuple(senders.get(first, itself) for first in firsts),
+        answers=tuple(receivers[grid.rank(lane, last)] for lane in range(1, grid.num_lanes)),
+    )  # fmt: skip
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
@@ -121,63 +162,84 @@ def carry_out(
     start: Point | None = None,
     reached: Callable[[Point], None] = lambda point: None,
 ) -> Iterator[tuple[int, Latents]]:
-    """Yield (block, clean latents) oldest first on the last stage; nothing, after as many passes, on the others.
+    """Yield (block, clean latents) oldest first on the head; nothing, after as many passes, on the others.
 
-    `part` holds this stage's layers, `size` is channels, height and width of latents; `ready` is needed on the last
-    stage only. `start` and `reached` are as in `longvid.sampler.sample`: every stage reaches the same points, each with
-    its own cache, and the queue is on the last. Raises as `sample` does.
+    `part` holds this stage's layers, `size` is channels, height and width of latents; `ready` is needed on the head
+    only. `start` and `reached` are as in `longvid.sampler.sample`: every process reaches the same points, each with its
+    own cache, and the queue is on the head. `observe` is called after each pass that goes through this part, on the head
+    after all. Raises as `sample` does.
     """
-    source, passes = stage.source, plan.passes
-    inputs = [_input_of(p, part, size) for p in passes]
+    device = next(part.parameters()).device
     if start is None:
-        queue = Queue(plan, noise, source.device, ready) if stage.is_last else None
+        queue = Queue(plan, noise, device, ready) if stage.is_head else None
         start = Point(done=0, cache=Cache(), queue=queue)
-    for shape, dtype in inputs[start.done :][:RECEIVES_AHEAD]:
-        source.expect(shape, dtype)
-    cache, queue, lanes = start.cache, start.queue, {}
-    feeder = _Feeder(plan, queue, stage.target, start.done) if queue else None
-    if feeder:
-        feeder.feed(start.done - 1)
-    for i, p in enumerate(passes[start.done :], start.done):
-        x = source.receive()
-        if i + RECEIVES_AHEAD < len(passes):
-            source.expect(*inputs[i + RECEIVES_AHEAD])
-        y, features = part(x, timesteps_of(p, x.device), text(p), cache.context(p), fps=fps, keep=bool(p.writes))
-        cache = cache.after(p, features)
-        del features, x
-        observe(p)
-        if queue:
-            lanes[p.lane] = y
-            if p.updates:
-                queue.update(p, guide(lanes[1], lanes[0], plan.method.guidance_scale) if len(lanes) > 1 else lanes[0])
-                feeder.feed(i)
-            yield from queue.take(p)
-        else:
+    _expect(plan, part, stage, size, start.done)
+    cache, queue = start.cache, start.queue
+    head = _Head(plan, queue, stage, start.done) if queue else None
+    for i, p in enumerate(plan.passes[start.done :], start.done):
+        if stage.runs(p):
+            x = stage.source.receive()
+            y, features = part(x, timesteps_of(p, device), text(p), cache.context(p), fps=fps, keep=bool(p.writes))
+            cache = cache.after(p, features)
             stage.target.send(y)
+            del x, y, features
+        if head or stage.runs(p):
+            observe(p)
+        if head:
+            yield from head.finish(i)
         if p.emits:
             reached(Point(done=i + 1, cache=cache, queue=queue))
-    stage.target.flush()
+    for link in (stage.target, *stage.feeds):
+        link.flush()
 
 
-class _Feeder:
-    """Hands the first stage the latents of one pass after the other, as early as the plan allows."""
+class _Head:
+    """Takes the velocity of one pass after the other, and feeds the first stages as early as the plan allows."""
 
-    def __init__(self, plan: Plan, queue: Queue, target: Sender, start: int):
-        self.plan, self.queue, self.target = plan, queue, target
+    def __init__(self, plan: Plan, queue: Queue, stage: Stage, start: int):
+        self.plan, self.queue, self.stage = plan, queue, stage
         self.after, self.next = feeding_order(plan), start
+        self.lanes: dict[int, Latents] = {}
+        self._feed(start - 1)
 
-    def feed(self, done: int) -> None:
+    def finish(self, i: int) -> Iterator[tuple[int, Latents]]:
+        """A solver step, if this pass was the last lane of it; the blocks that leave then."""
+        p = self.plan.passes[i]
+        answer = self.stage.target if self.stage.runs(p) else self.stage.answers[p.lane - 1]
+        self.lanes[p.lane] = answer.receive()
+        if p.updates:
+            scale = self.plan.method.guidance_scale
+            guided = guide(self.lanes[1], self.lanes[0], scale) if len(self.lanes) > 1 else self.lanes[0]
+            self.queue.update(p, guided)
+            self._feed(i)
+        yield from self.queue.take(p)
+
+    def _feed(self, done: int) -> None:
         """Send what may go now that the passes up to `done` are complete."""
         while self.next < len(self.after) and self.after[self.next] <= done:
-            self.target.send(self.queue.gather(self.plan.passes[self.next]))
+            p, feeds = self.plan.passes[self.next], self.stage.feeds
+            feeds[p.lane if len(feeds) > 1 else 0].send(self.queue.gather(p))
             self.next += 1
 
 
-def _input_of(p: Pass, part: DiT, size: tuple[int, int, int]) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of what a stage receives for a pass: latents on the first, hidden states on the others."""
+def _expect(plan: Plan, part: DiT, stage: Stage, size: tuple[int, int, int], done: int) -> None:
+    """Tell the links what will come from the pass `done` on."""
+    passes = plan.passes[done:]
+    stage.source.expect([_input_of(p, part, size) for p in passes if stage.runs(p)])
+    for lane, link in enumerate(stage.answers, 1):
+        link.expect([_latents_of(p, size) for p in passes if p.lane == lane])
+
+
+def _latents_of(p: Pass, size: tuple[int, int, int]) -> Message:
+    """Latents that a pass covers, or their velocity."""
     channels, height, width = size
+    return (1, channels, p.num_latents, height, width), torch.float32
+
+
+def _input_of(p: Pass, part: DiT, size: tuple[int, int, int]) -> Message:
+    """What a stage receives for a pass: latents on the first, hidden states on the others."""
     if part.is_first:
-        return (1, channels, p.num_latents, height, width), torch.float32
-    _, *patch = part.config.patch_size
-    hidden = (1, p.num_latents, height // patch[0], width // patch[1], part.config.dim)
+        return _latents_of(p, size)
+    _, height, width = part.config.patch_size
+    hidden = (1, p.num_latents, size[1] // height, size[2] // width, part.config.dim)
     return hidden, part.proj_dtype

@@ -6,11 +6,18 @@ has a process group of its own: on a GPU two directions between the same pair wo
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Message = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of what is sent."""
+
+AHEAD = 2
+"""Messages for which a receive is posted before they are needed."""
 
 
 @contextmanager
@@ -55,13 +62,15 @@ class Receiver:
     def __init__(self, group: dist.ProcessGroup, source: int, device: torch.device):
         self.group, self.source, self.device = group, source, device
         self.waited_s = 0.0
+        self._expected: Iterable[Message] = iter(())
         self._coming: deque[tuple[dist.Work, Tensor]] = deque()
 
-    def expect(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Post the receive of the next message."""
-        x = torch.empty(shape, dtype=dtype, device=self.device)
-        with _said_plainly(self.source):
-            self._coming.append((dist.irecv(x, self.source, group=self.group), x))
+    def expect(self, messages: Iterable[Message]) -> None:
+        """Say what will come, in order; all that was expected before must have been received."""
+        assert not self._coming
+        self._expected = iter(messages)
+        for _ in range(AHEAD):
+            self._post()
 
     def receive(self) -> Tensor:
         """The oldest message expected."""
@@ -70,4 +79,35 @@ class Receiver:
         with _said_plainly(self.source):
             work.wait()
         self.waited_s += time.perf_counter() - start
+        self._post()
         return x
+
+    def _post(self) -> None:
+        if (message := next(self._expected, None)) is not None:
+            x = torch.empty(message[0], dtype=message[1], device=self.device)
+            with _said_plainly(self.source):
+                self._coming.append((dist.irecv(x, self.source, group=self.group), x))
+
+
+class Local:
+    """Both ends of a link of a process with itself."""
+
+    num_bytes = 0
+    waited_s = 0.0
+
+    def __init__(self):
+        self._coming: deque[Tensor] = deque()
+
+    def send(self, x: Tensor) -> None:
+        """Put a tensor at the end."""
+        self._coming.append(x)
+
+    def receive(self) -> Tensor:
+        """Take the oldest."""
+        return self._coming.popleft()
+
+    def expect(self, messages: Iterable[Message]) -> None:
+        """Nothing needs preparing."""
+
+    def flush(self) -> None:
+        """Nothing is under way."""

@@ -1,8 +1,8 @@
 """A run's point on disk: written by all of its processes, read by any number of them.
 
-A snapshot is a folder named by the number of passes done. It holds a file for each layer's features, so that a process
-reads those of its own layers whoever wrote them, and one for the latents and solver state. Each file appears whole
-(written aside, then renamed) with a checksum; a snapshot counts once all its files are there.
+A snapshot is a folder named by the number of passes done. It holds a file for the features of each layer and lane, so
+that a process reads those of its own part whoever wrote them, and one for the latents and solver state. Each file
+appears whole (written aside, then renamed) with a checksum; a snapshot counts once all its files are there.
 """
 
 import json
@@ -30,54 +30,67 @@ class Damaged(ValueError):
     """A file of a snapshot is not what was written."""
 
 
-def write(folder: Path, point: Point, layers: Sequence[int]) -> None:
-    """Write this process's part of a snapshot of all: features of `layers`, and the queue where it is held."""
+Part = Sequence[tuple[int, int]]
+"""(layer, lane) of the features that a process has."""
+
+
+def part_of(layers: Sequence[int], lanes: Sequence[int]) -> Part:
+    """All pairs of some layers and lanes."""
+    return [(layer, lane) for layer in layers for lane in lanes]
+
+
+def write(folder: Path, point: Point, part: Part) -> None:
+    """Write this process's part of a snapshot of all, and the queue where it is held."""
     place = folder / f"{point.done:09d}"
     place.mkdir(parents=True, exist_ok=True)
-    entries = [[block, lane, entry.step, entry.start] for (block, lane), entry in point.cache.entries.items()]
-    for layer in layers:
+    for layer, lane in part:
+        entries = {block: entry for (block, of), entry in point.cache.entries.items() if of == lane}
         features = {}
-        for (block, lane), entry in point.cache.entries.items():
-            features[f"{block}.{lane}.keys"] = entry.features[layer].keys
-            features[f"{block}.{lane}.values"] = entry.features[layer].values
-        _write(place / f"layer-{layer:03d}.safetensors", features, {"entries": entries})
+        for block, entry in entries.items():
+            features[f"{block}.keys"], features[f"{block}.values"] = entry.features[layer]
+        notes = [[block, entry.step, entry.start] for block, entry in entries.items()]
+        _write(place / _name(layer, lane), features, {"entries": notes})
     if point.queue:
         _write(place / "queue.safetensors", *_queue_tensors(point.queue))
 
 
-def drop_old(folder: Path, num_layers: int) -> None:
+def drop_old(folder: Path, whole: Part) -> None:
     """Remove all snapshots but the last whole ones, and what is younger."""
-    for done in sorted(found(folder, num_layers))[:-KEPT]:
+    for done in sorted(found(folder, whole))[:-KEPT]:
         shutil.rmtree(folder / f"{done:09d}", ignore_errors=True)
 
 
-def found(folder: Path, num_layers: int) -> list[int]:
+def found(folder: Path, whole: Part) -> list[int]:
     """Passes done at each snapshot that has all its files, in order."""
-    names = [f"layer-{layer:03d}.safetensors" for layer in range(num_layers)] + ["queue.safetensors"]
     places = sorted(folder.glob("[0-9]" * 9)) if folder.is_dir() else []
-    return [int(place.name) for place in places if all((place / name).exists() for name in names)]
+    return [int(place.name) for place in places if all((place / name).exists() for name in _names(whole))]
 
 
-def check(folder: Path, done: int, num_layers: int) -> None:
+def check(folder: Path, done: int, whole: Part) -> None:
     """Read every file of a snapshot; raises Damaged, naming the file, if one is not what was written."""
-    for layer in range(num_layers):
-        _read(folder / f"{done:09d}" / f"layer-{layer:03d}.safetensors")
-    _read(folder / f"{done:09d}" / "queue.safetensors")
+    for name in _names(whole):
+        _read(folder / f"{done:09d}" / name)
 
 
-def read(
-    folder: Path, done: int, layers: Sequence[int], device: torch.device, queue: tuple[Plan, NoiseOf] | None
-) -> Point:
-    """The point at `done` passes with the features of `layers`, and with the queue for a process that holds it."""
+def read(folder: Path, done: int, part: Part, device: torch.device, queue: tuple[Plan, NoiseOf] | None) -> Point:
+    """A process's part of the point at `done` passes, with the queue for the one that holds it."""
     place, entries = folder / f"{done:09d}", {}
-    for layer in layers:
-        tensors, notes = _read(place / f"layer-{layer:03d}.safetensors")
-        for block, lane, step, start in notes["entries"]:
-            kv = KV(*(tensors[f"{block}.{lane}.{name}"].to(device) for name in ("keys", "values")))
+    for layer, lane in part:
+        tensors, notes = _read(place / _name(layer, lane))
+        for block, step, start in notes["entries"]:
+            kv = KV(*(tensors[f"{block}.{name}"].to(device) for name in ("keys", "values")))
             entry = entries.setdefault((block, lane), Entry(step, start, {}))
             entry.features[layer] = kv
     held = _queue_from(*_read(place / "queue.safetensors"), *queue, device) if queue else None
     return Point(done=done, cache=Cache(entries), queue=held)
+
+
+def _name(layer: int, lane: int) -> str:
+    return f"layer-{layer:03d}-lane-{lane}.safetensors"
+
+
+def _names(whole: Part) -> list[str]:
+    return [*(_name(layer, lane) for layer, lane in whole), "queue.safetensors"]
 
 
 def _queue_tensors(queue: Queue) -> tuple[dict[str, Tensor], dict]:

@@ -84,6 +84,7 @@ def _add_output_flags(command: argparse.ArgumentParser) -> None:
     output.add_argument("--quiet", action="store_true", help="no progress, no configuration")
     spread = command.add_argument_group("processes")
     spread.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="processes, one per GPU (default: 1)")
+    spread.add_argument("--cfg-parallel", action="store_true", help="half of the processes for each lane of guidance")
     spread.add_argument("--threads", type=int, metavar="N", help="CPU threads of each process")
     spread.add_argument("--nnodes", type=int, metavar="N", help="machines; start the same command on each")
     spread.add_argument(
@@ -237,7 +238,7 @@ def _make(options, request, run, *, num_frames: int, source: Path | None, notes:
     described = _describe(run, plan, outputs, notes)
     from parallel.launch import launch
     from pipelines.run_folder import RunFolder
-    from pipelines.spread import Task, check_processes, keeping_of, taken_part
+    from pipelines.spread import Task, check_gpus, grid_of, keeping_of, taken_part
 
     how = _how(options)
     is_first = not _is_worker() and how.machine == 0
@@ -248,7 +249,8 @@ def _make(options, request, run, *, num_frames: int, source: Path | None, notes:
     if is_first:
         folder.check(overwrite=options.overwrite)
     if not _is_worker():
-        check_processes(how, run)
+        grid_of(how.world_size, run, cfg_parallel=options.cfg_parallel)
+        check_gpus(how, run)
     if options.dry_run:
         return _print([json.dumps(described, indent=2, default=str)])
     goes_on = options.goes_on or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -261,8 +263,8 @@ def _make(options, request, run, *, num_frames: int, source: Path | None, notes:
                 return _carry_out(options, task, described, num_frames)
             command = options.words if options.goes_on else _whole_command(options, task)
             return launch("pipelines.cli", command, how)
-    with taken_part(task) as (task, stage):
-        if stage and not stage.is_last:
+    with taken_part(task, cfg_parallel=options.cfg_parallel) as (task, stage):
+        if not stage.is_head:
             return _work(task, stage)
         if not goes_on:
             task.outputs.check(num_frames, run.height, run.width, source=source)
@@ -296,7 +298,7 @@ def _work(task, stage) -> int:
     from pipelines.generate import Observer
 
     frames = list(task.frames(Observer(), stage))
-    assert not frames, "frames are made on the last stage alone"
+    assert not frames, "frames are made on the head alone"
     return EXIT_DONE
 
 

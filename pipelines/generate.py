@@ -18,6 +18,7 @@ from longvid.plan import Plan
 from longvid.sampler import noise_of, sample
 from longvid.types import Latents, Video
 from parallel.execute import Stage, carry_out, from_all, from_rank_0
+from parallel.snapshot import part_of
 from parallel.split import split_layers
 from pipelines.configure import Run, configure
 from pipelines.run_folder import Keeping
@@ -65,9 +66,9 @@ def load_models(run: Run, stage: Stage | None = None) -> Models:
         states, layers = encode_prompts(folder, run, dtype), None
     else:
         states = from_rank_0(lambda: encode_prompts(folder, run, dtype))
-        layers = split_layers([1.0] * folder.transformer["num_layers"], stage.num_stages)[stage.index]
+        layers = split_layers([1.0] * folder.transformer["num_layers"], stage.grid.num_stages)[stage.index]
     dit = load_dit(folder, dtype, run.device, layers).eval()
-    vae = load_vae(folder, torch.float32, run.device).eval() if stage is None or stage.is_last else None
+    vae = load_vae(folder, torch.float32, run.device).eval() if stage is None or stage.is_head else None
     with torch.no_grad():
         text = tuple(dit.text_features(state.to(run.device)) for state in states)
     factor = VAEConfig.from_dict(folder.vae).spatial_factor
@@ -144,21 +145,22 @@ def _usage(run: Run, stage: Stage | None, seconds: float) -> list[Usage]:
     peak = peak_memory_mb(run.device)
     if stage is None:
         return [Usage(idle_fraction=0.0, peak_memory_mb=peak, bytes_sent=0)]
-    idle = stage.source.waited_s / seconds
-    return from_all(Usage(idle_fraction=idle, peak_memory_mb=peak, bytes_sent=stage.target.num_bytes))
+    idle = stage.waited_s / seconds
+    return from_all(Usage(idle_fraction=idle, peak_memory_mb=peak, bytes_sent=stage.num_bytes))
 
 
 def _blocks(
     run: Run, plan: Plan, models: Models, ready: list[Latents], observer: Observer, keeping: Keeping | None
 ) -> Iterator[tuple[int, Latents]]:
-    size, layers = models.latent_size, models.dit.layers
+    size, stage = models.latent_size, models.stage
     noise = noise_of(plan, run.seed, *size)
     text: Callable[[Pass], TextFeatures] = lambda p: models.text[p.lane]  # noqa: E731
     common = {"ready": ready, "fps": run.fps, "observe": observer.passed}
     if keeping:
-        queue = (plan, noise) if models.vae else None
-        common["start"] = keeping.point(layers, next(models.dit.parameters()).device, queue)
-        common["reached"] = keeping.reached(plan, layers)
+        lanes = range(plan.method.num_lanes) if stage is None or stage.lane is None else [stage.lane]
+        part, queue = part_of(models.dit.layers, lanes), (plan, noise) if models.vae else None
+        common["start"] = keeping.point(part, next(models.dit.parameters()).device, queue)
+        common["reached"] = keeping.reached(plan, part)
     if models.stage is None:
         return sample(plan, models.dit, text, noise, **common)
     return carry_out(plan, models.dit, models.stage, text, noise, size, **common)

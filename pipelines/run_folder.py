@@ -109,14 +109,14 @@ def check_same(path: Path, run: Run) -> None:
                          "with another; begin anew with --overwrite")  # fmt: skip
 
 
-def newest(folder: RunFolder, plan: Plan, num_layers: int, say: Callable[[str], None]) -> int:
+def newest(folder: RunFolder, plan: Plan, whole: snapshot.Part, say: Callable[[str], None]) -> int:
     """Passes done at the newest snapshot that is whole, with all blocks that had left by then; 0 if there is none.
 
     `say` is told of each that is damaged.
     """
-    for done in reversed(snapshot.found(folder.snapshots, num_layers)):
+    for done in reversed(snapshot.found(folder.snapshots, whole)):
         try:
-            snapshot.check(folder.snapshots, done, num_layers)
+            snapshot.check(folder.snapshots, done, whole)
             lacking = [block for p in plan.passes[:done] for block in p.emits
                        if not (folder.clean / f"{block:06d}.safetensors").exists()]  # fmt: skip
             if lacking:
@@ -129,27 +129,30 @@ def newest(folder: RunFolder, plan: Plan, num_layers: int, say: Callable[[str], 
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
-    """How a process keeps its part of a run, and from which point it goes on (`start` passes done; 0: all anew)."""
+    """How a process keeps its part of a run, and from which point it goes on (`start` passes done; 0: all anew).
+
+    `whole` is what all processes have together.
+    """
 
     folder: RunFolder
-    num_layers: int
+    whole: snapshot.Part
     start: int = 0
 
-    def point(self, layers: Sequence[int], device: torch.device, queue: tuple[Plan, NoiseOf] | None) -> Point | None:
+    def point(self, part: snapshot.Part, device: torch.device, queue: tuple[Plan, NoiseOf] | None) -> Point | None:
         """This process's part of the point to go on from."""
         if not self.start:
             return None
-        return snapshot.read(self.folder.snapshots, self.start, layers, device, queue)
+        return snapshot.read(self.folder.snapshots, self.start, part, device, queue)
 
-    def reached(self, plan: Plan, layers: Sequence[int]) -> Callable[[Point], None]:
+    def reached(self, plan: Plan, part: snapshot.Part) -> Callable[[Point], None]:
         """What to do at each point: leave a snapshot after every so many blocks, and remove old ones."""
         due = self.due(plan)
 
         def leave(point: Point) -> None:
             if point.done in due:
-                snapshot.write(self.folder.snapshots, point, layers)
+                snapshot.write(self.folder.snapshots, point, part)
                 if point.queue:
-                    snapshot.drop_old(self.folder.snapshots, self.num_layers)
+                    snapshot.drop_old(self.folder.snapshots, self.whole)
 
         return leave
 

@@ -13,7 +13,9 @@ from longvid.checkpoints.diffusers_folder import open_folder
 from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.plan import Plan
 from parallel.execute import Stage, from_all, from_rank_0, make_stage
+from parallel.grid import Grid, make_grid
 from parallel.launch import Launch, join
+from parallel.snapshot import part_of
 from pipelines.configure import Run
 from pipelines.extend import Extension, extend
 from pipelines.generate import Observer, generate
@@ -46,18 +48,18 @@ class Task:
         return replace(self, request=run if isinstance(self.request, Run) else replace(self.request, run=run))
 
 
-def check_processes(how: Launch, run: Run) -> None:
-    """Raise ValueError unless each process has a layer, and on GPUs a GPU."""
+def grid_of(world_size: int, run: Run, *, cfg_parallel: bool) -> Grid:
+    """The layout of so many processes for a run. Raises ValueError as `make_grid` does."""
     num_layers = open_folder(run.model).transformer["num_layers"]
-    if how.num_processes < 1 or how.world_size > num_layers:
-        most = max(1, num_layers // how.num_machines)
-        raise ValueError(
-            f"nproc={how.num_processes} on {how.num_machines} machine(s): each process keeps at least one of the "
-            f"model's {num_layers} layers; use 1 to {most}"
-        )
-    if run.device.startswith("cuda") and how.num_processes > torch.cuda.device_count():
-        raise ValueError(f"nproc={how.num_processes} is more than this machine's {torch.cuda.device_count()} GPUs; "
-                         f"use --nproc {torch.cuda.device_count()}")  # fmt: skip
+    has_guidance = run.method.num_lanes > 1
+    return make_grid(world_size, has_guidance=has_guidance, num_layers=num_layers, cfg_parallel=cfg_parallel)
+
+
+def check_gpus(how: Launch, run: Run) -> None:
+    """Raise ValueError if this machine has fewer GPUs than processes that each take one."""
+    num_gpus = torch.cuda.device_count()
+    if run.device.startswith("cuda") and how.num_processes > num_gpus:
+        raise ValueError(f"nproc={how.num_processes} is more than the {num_gpus} GPUs here; use --nproc {num_gpus}")
 
 
 def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: Callable[[str], None]) -> Keeping:
@@ -66,24 +68,21 @@ def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: C
     Raises ValueError if that was another run.
     """
     num_layers = open_folder(run.model).transformer["num_layers"]
-    start = 0
+    whole, start = part_of(range(num_layers), range(run.method.num_lanes)), 0
     if goes_on and folder.is_there:
         check_same(folder.path, run)
-        start = newest(folder, plan, num_layers, say)
-    return Keeping(folder=folder, num_layers=num_layers, start=start)
+        start = newest(folder, plan, whole, say)
+    return Keeping(folder=folder, whole=whole, start=start)
 
 
 @contextmanager
-def taken_part(task: Task) -> Iterator[tuple[Task, Stage | None]]:
-    """This process as one of several: the task as the first has it, on this process's device, and its stage."""
+def taken_part(task: Task, *, cfg_parallel: bool) -> Iterator[tuple[Task, Stage]]:
+    """This process as one of several: the task as rank 0 has it, on this process's device, and its place."""
     with join(task.run.device) as device:
-        num_stages = dist.get_world_size()
-        if num_stages == 1:
-            yield task.on(device), None
-            return
         check_alike(task.run)
-        stage = make_stage(num_stages, torch.device(device))
-        yield from_rank_0(lambda: task).on(device), stage
+        task = from_rank_0(lambda: task)
+        grid = grid_of(dist.get_world_size(), task.run, cfg_parallel=cfg_parallel)
+        yield task.on(device), make_stage(grid, torch.device(device))
 
 
 def check_alike(run: Run) -> None:

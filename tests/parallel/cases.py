@@ -1,6 +1,6 @@
-"""Runs every case of `test_execute.py` as one process of a group and writes what the last stage made.
+"""Runs every case of `test_execute.py` as one process of a group and writes what the head made.
 
-Started by the test as `torchrun cases.py OUT OTHERS`; imported by it for the list of cases.
+Started by the test as `torchrun cases.py OUT OTHERS KIND`; imported by it for the list of cases.
 """
 
 import os
@@ -17,6 +17,7 @@ from longvid.plan import Plan, make_plan
 from longvid.sampler import noise_of
 from parallel import snapshot
 from parallel.execute import carry_out, make_stage
+from parallel.grid import make_grid
 from parallel.split import split_layers
 from pipelines.methods import METHODS
 from tests.whole_clip import CHANNELS, FPS, HEIGHT, WIDTH, clean, texts_of, tiny_dit, words
@@ -62,37 +63,45 @@ def part_of(dit: DiT, layers: range) -> DiT:
     return part
 
 
-def middle(folder: Path) -> int:
+def whole_of(case: Case) -> snapshot.Part:
+    """What all processes have together."""
+    return snapshot.part_of(range(LAYERS), range(case.plan.method.num_lanes))
+
+
+def middle(folder: Path, case: Case) -> int:
     """The snapshot in the middle of those that a run left."""
-    points = snapshot.found(folder, LAYERS)
+    points = snapshot.found(folder, whole_of(case))
     return points[len(points) // 2]
 
 
-def main(out: Path, others: Path) -> None:
+def main(out: Path, others: Path, cfg_parallel: bool) -> None:
     """Carry out all cases on the same links: from the start, leaving snapshots, and from the midst of others' runs."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    num_stages = dist.get_world_size()
-    stage = make_stage(num_stages, torch.device("cpu"))
-    layers = split_layers([1.0] * LAYERS, num_stages)[stage.index]
+    grid = make_grid(dist.get_world_size(), has_guidance=True, num_layers=LAYERS, cfg_parallel=cfg_parallel)
+    stage = make_stage(grid, torch.device("cpu"))
+    layers = split_layers([1.0] * LAYERS, grid.num_stages)[stage.index]
     part, size, made = part_of(whole_dit(), layers), (CHANNELS, HEIGHT, WIDTH), {}
     text = texts_of(part, words(0), words(1))
     for name, case in cases().items():
+        if grid.num_lanes > case.plan.method.num_lanes:
+            continue
         noise = noise_of(case.plan, 7, *size)
-        common = {"ready": clean(*case.ready) if stage.is_last else (), "fps": FPS}
-        before = stage.target.num_bytes
-        leave = partial(snapshot.write, out / "snapshots" / name, layers=layers)
+        common = {"ready": clean(*case.ready) if stage.is_head else (), "fps": FPS}
+        before = stage.num_bytes
+        lanes = range(case.plan.method.num_lanes) if stage.lane is None else [stage.lane]
+        kept = snapshot.part_of(layers, lanes)
+        leave = partial(snapshot.write, out / "snapshots" / name, part=kept)
         blocks = dict(carry_out(case.plan, part, stage, text, noise, size, reached=leave, **common))
-        sent = stage.target.num_bytes - before
-        done = middle(others / name)
-        start = snapshot.read(others / name, done, layers, torch.device("cpu"),
-                              (case.plan, noise) if stage.is_last else None)  # fmt: skip
+        sent = stage.num_bytes - before
+        start = snapshot.read(others / name, middle(others / name, case), kept, torch.device("cpu"),
+                              (case.plan, noise) if stage.is_head else None)  # fmt: skip
         rest = dict(carry_out(case.plan, part, stage, text, noise, size, start=start, **common))
         made[name] = {"blocks": blocks, "bytes": sent, "rest": rest}
-    torch.save(made, out / f"{stage.index}.pt")
+    torch.save(made, out / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "cfg")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from longvid.sampler import noise_of, sample
 from parallel import snapshot
 from parallel.execute import feeding_order
-from tests.parallel.cases import LAYERS, cases, middle, whole_dit
+from parallel.grid import Grid, make_grid
+from tests.parallel.cases import LAYERS, cases, middle, whole_dit, whole_of
 from tests.whole_clip import CHANNELS, FPS, HEIGHT, WIDTH, clean, texts_of, words
 
 ROOT = Path(__file__).parents[2]
@@ -45,58 +47,81 @@ def snapshots(tmp_path_factory):
 def alone(snapshots):
     """What one process makes of every case."""
     return {
-        name: run_alone(name, reached=partial(snapshot.write, snapshots / name, layers=range(LAYERS))) for name in CASES
+        name: run_alone(name, reached=partial(snapshot.write, snapshots / name, part=whole_of(case)))
+        for name, case in CASES.items()
     }
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What processes left: by rank, by case; and the folder of their snapshots."""
+
+    made: list[dict]
+    snapshots: Path
+    grid: Grid
+
+
+@pytest.fixture(scope="module", params=["2", "3", "4", "2-cfg", "4-cfg"])
 def group(request, tmp_path_factory, alone, snapshots):
-    """What each process of a group left, and their folder."""
-    out = tmp_path_factory.mktemp(f"stages-{request.param}")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}",
-           "-m", "tests.parallel.cases", str(out), str(snapshots)]  # fmt: skip
+    """Several processes, as stages or as stages and lanes, after all cases that have as many lanes."""
+    out = tmp_path_factory.mktemp(f"group-{request.param}")
+    num, _, kind = request.param.partition("-")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}",
+             "-m", "tests.parallel.cases", str(out), str(snapshots), kind]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    ran = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return [torch.load(out / f"{stage}.pt") for stage in range(request.param)], out
+    made = [torch.load(out / f"{rank}.pt") for rank in range(int(num))]
+    assert len(made[0]) == len(CASES) if not kind else 12 < len(made[0]) < len(CASES)
+    grid = make_grid(int(num), has_guidance=True, num_layers=LAYERS, cfg_parallel=bool(kind))
+    return Group(made=made, snapshots=out / "snapshots", grid=grid)
 
 
-@pytest.fixture(scope="module")
-def together(group):
-    """What each process of a group left."""
-    return group[0]
+def test_the_video_is_that_of_one_process_to_the_bit(alone, group):
+    for name, found in group.made[0].items():
+        assert not any(other[name]["blocks"] for other in group.made[1:]), "only the head has latents"
+        assert list(found["blocks"]) == list(alone[name]), name
+        assert all(torch.equal(x, alone[name][block]) for block, x in found["blocks"].items()), name
+
+
+def test_only_latents_velocities_and_hidden_states_are_sent(group):
+    width, grid = whole_dit().config.dim, group.grid
+    for name in group.made[0]:
+        passes = CASES[name].plan.passes
+        for rank, found in enumerate(group.made):
+            place = grid.place(rank)
+            mine = sum(p.num_latents for p in passes if place.lane in (None, p.lane))
+            latents, hidden = 4 * CHANNELS * HEIGHT * WIDTH, 4 * (HEIGHT // 2) * (WIDTH // 2) * width
+            if rank == 0:
+                abroad = [p for p in passes if grid.rank(p.lane if grid.num_lanes > 1 else 0, 0) != 0]
+                expected = latents * sum(p.num_latents for p in abroad)
+            else:
+                expected = mine * (latents if place.stage == grid.num_stages - 1 else hidden)
+            assert found[name]["bytes"] == expected, (name, rank)
 
 
 def resumed(name, folder):
     """What one process makes of a case from the midst of a run on."""
-    case, done = CASES[name], middle(folder)
+    case = CASES[name]
     noise = noise_of(case.plan, 7, CHANNELS, HEIGHT, WIDTH)
-    start = snapshot.read(folder, done, range(LAYERS), torch.device("cpu"), (case.plan, noise))
+    done = middle(folder, case)
+    start = snapshot.read(folder, done, whole_of(case), torch.device("cpu"), (case.plan, noise))
     return run_alone(name, start=start)
 
 
-def tail_of(whole, rest, plan, folder):
-    """Hold the rest of a run to the whole, from the snapshot in the middle on."""
-    left = {block for p in plan.passes[: middle(folder)] for block in p.emits}
+def is_end_of(whole, rest, case, folder):
+    """Whether the rest of a run is that of the whole, from the snapshot in the middle on."""
+    left = {block for p in case.plan.passes[: middle(folder, case)] for block in p.emits}
     assert list(rest) == [block for block in whole if block not in left]
     return all(torch.equal(rest[block], whole[block]) for block in rest)
 
 
-def test_the_video_is_that_of_one_process_to_the_bit(alone, together):
-    for name in CASES:
-        assert not any(part[name]["blocks"] for part in together[:-1]), "only the last stage has latents"
-        made = together[-1][name]["blocks"]
-        assert list(made) == list(alone[name]), name
-        assert all(torch.equal(made[block], alone[name][block]) for block in made), name
-
-
-def test_only_latents_and_hidden_states_are_sent(together):
-    width = whole_dit().config.dim
-    for name, case in CASES.items():
-        latents = sum(p.num_latents for p in case.plan.passes)
-        hidden = 4 * latents * (HEIGHT // 2) * (WIDTH // 2) * width
-        assert [part[name]["bytes"] for part in together[:-1]] == [hidden] * (len(together) - 1)
-        assert together[-1][name]["bytes"] == 4 * latents * CHANNELS * HEIGHT * WIDTH
+def test_a_run_goes_on_from_a_snapshot_on_another_number_of_processes(alone, group, snapshots):
+    for name, found in group.made[0].items():
+        case, folder = CASES[name], group.snapshots / name
+        assert is_end_of(alone[name], found["rest"], case, snapshots / name), name
+        assert snapshot.found(folder, whole_of(case)) == snapshot.found(snapshots / name, whole_of(case))
+        assert is_end_of(alone[name], resumed(name, folder), case, folder), name
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -115,12 +140,3 @@ def test_a_queue_keeps_as_many_stages_busy_as_it_has_passes():
     plan = CASES["rolling-3"].plan
     ahead = max(i - done for i, done in enumerate(feeding_order(plan)))
     assert ahead > plan.method.num_lanes * plan.method.num_steps and LAYERS > 4
-
-
-def test_a_run_goes_on_from_a_snapshot_on_another_number_of_processes(alone, group, snapshots):
-    made, out = group
-    for name, case in CASES.items():
-        assert tail_of(alone[name], made[-1][name]["rest"], case.plan, snapshots / name), name
-        folder = out / "snapshots" / name
-        assert snapshot.found(folder, LAYERS) == snapshot.found(snapshots / name, LAYERS)
-        assert tail_of(alone[name], resumed(name, folder), case.plan, folder), name

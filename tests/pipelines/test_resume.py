@@ -86,7 +86,7 @@ def test_an_interrupted_run_says_how_to_go_on(model, here, uncut):
     hold(here, resume(here), uncut("text", "generate"))
 
 
-@pytest.mark.parametrize("name", ["layer-001.safetensors", "queue.safetensors"])
+@pytest.mark.parametrize("name", ["layer-001-lane-1.safetensors", "queue.safetensors"])
 def test_a_damaged_snapshot_is_said_and_the_one_before_is_used(model, here, uncut, name):
     cut(model, here, "generate", blocks=9)
     newest = sorted((here / "v.run" / "snapshots").glob(f"*/{name}"))[-1]
