@@ -21,6 +21,7 @@ from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import NoiseOf, Point, Queue, timesteps_of
 from longvid.types import Latents
+from parallel.cost import feeding_order
 from parallel.grid import Grid
 from parallel.link import Local, Message, Receiver, Sender
 
@@ -133,20 +134,6 @@ def from_all(this: T) -> list[T]:
     return found
 
 
-def feeding_order(plan: Plan) -> list[int]:
-    """For each pass the index of the pass after which its latents may be taken, -1 for the start.
-
-    That is the last pass before it that updates a block which it covers, and never earlier than for the pass before
-    it, so that latents leave in the order of passes.
-    """
-    after, updated, latest = [], {}, -1
-    for i, p in enumerate(plan.passes):
-        latest = max([latest, *(updated.get(cover.block, -1) for cover in p.covers)])
-        after.append(latest)
-        updated.update(dict.fromkeys(p.updates, i))
-    return after
-
-
 @torch.no_grad()
 def carry_out(
     plan: Plan,
@@ -166,8 +153,8 @@ def carry_out(
 
     `part` holds this stage's layers, `size` is channels, height and width of latents; `ready` is needed on the head
     only. `start` and `reached` are as in `longvid.sampler.sample`: every process reaches the same points, each with its
-    own cache, and the queue is on the head. `observe` is called after each pass that goes through this part, on the head
-    after all. Raises as `sample` does.
+    own cache, and the queue is on the head. `observe` is called after each pass that goes through this part, and on the
+    head after all. Raises as `sample` does.
     """
     device = next(part.parameters()).device
     if start is None:

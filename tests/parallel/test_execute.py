@@ -12,7 +12,7 @@ import torch
 
 from longvid.sampler import noise_of, sample
 from parallel import snapshot
-from parallel.execute import feeding_order
+from parallel.cost import feeding_order
 from parallel.grid import Grid, make_grid
 from tests.parallel.cases import LAYERS, cases, middle, whole_dit, whole_of
 from tests.whole_clip import CHANNELS, FPS, HEIGHT, WIDTH, clean, texts_of, words

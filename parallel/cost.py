@@ -1,0 +1,201 @@
+"""Cost model and simulator of a plan on a grid: what `parallel.execute` will do, when, without doing it. Plain Python.
+
+Times are in seconds, or in any one unit; sizes in bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from longvid.passes import Pass
+from longvid.plan import Plan
+from parallel.grid import Grid
+from parallel.split import split_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What sizes depend on: tokens and channels of a latent, and the width and depth of the model."""
+
+    num_layers: int
+    dim: int
+    ffn_dim: int
+    tokens_per_latent: int
+    latent_bytes: int
+    bytes_per_element: int
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Hidden states of a latent: what goes from stage to stage."""
+        return self.tokens_per_latent * self.dim * self.bytes_per_element
+
+    @property
+    def layer_bytes(self) -> int:
+        """Weights of a layer: eight projections, the feed-forward and norms."""
+        return (8 * self.dim**2 + 2 * self.dim * self.ffn_dim) * self.bytes_per_element
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Time of a pass through a layer, `fixed + per_latent n + per_pair n (n + context)` for n latents, and of the rest.
+
+    `first` and `last` are per latent: embedding; unembedding and solver. `decode` is per latent that leaves. A message
+    takes `latency` and its bytes over `bandwidth` (bytes per unit of time).
+    """
+
+    fixed: float = 0.0
+    per_latent: float = 1.0
+    per_pair: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    decode: float = 0.0
+    latency: float = 0.0
+    bandwidth: float = float("inf")
+
+    def __post_init__(self):
+        for name in self.__dataclass_fields__:
+            if not getattr(self, name) >= 0 or (name == "bandwidth" and not self.bandwidth > 0):
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative, and bandwidth more than 0; try 1")
+
+    def layer(self, p: Pass) -> float:
+        """A layer's time for a pass."""
+        n = p.num_latents
+        return self.fixed + self.per_latent * n + self.per_pair * n * (n + p.num_context)
+
+    def hop(self, num_bytes: float) -> float:
+        """A message's time."""
+        return self.latency + num_bytes / self.bandwidth
+
+
+def feeding_order(plan: Plan) -> list[int]:
+    """For each pass the index of the pass after which its latents may be taken, -1 for the start.
+
+    That is the last pass before it that updates a block which it covers, and never earlier than for the pass before
+    it, so that latents leave in the order of passes.
+    """
+    after, updated, latest = [], {}, -1
+    for i, p in enumerate(plan.passes):
+        latest = max([latest, *(updated.get(cover.block, -1) for cover in p.covers)])
+        after.append(latest)
+        updated.update(dict.fromkeys(p.updates, i))
+    return after
+
+
+def best_split(plan: Plan, grid: Grid, costs: Costs, num_layers: int) -> list[range]:
+    """Layers of each stage such that the busiest stage has least to do; the head's decoding counts."""
+    layer = sum(costs.layer(p) for p in plan.passes) / grid.num_lanes
+    through = sum(p.num_latents for p in plan.passes) / grid.num_lanes
+    decoded = plan.num_latents - sum(plan.block_sizes[: plan.num_ready])
+    return split_layers([layer] * num_layers, grid.num_stages, first=costs.first * through,
+                        last=costs.last * through + costs.decode * decoded)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """What each process does when: `starts[rank, pass]` and `ends`, NaN where a pass does not go through it.
+
+    `decodes` are (start, end, block) on the head. `sent` is bytes by rank.
+    """
+
+    plan: Plan
+    grid: Grid
+    starts: np.ndarray
+    ends: np.ndarray
+    decodes: tuple[tuple[float, float, int], ...]
+    sent: tuple[int, ...]
+
+    @property
+    def makespan(self) -> float:
+        """From the start to the last decoded block."""
+        return max(float(np.nanmax(self.ends)), *(end for _, end, _ in self.decodes))
+
+    @property
+    def first_block(self) -> float:
+        """When the first block is decoded."""
+        return self.decodes[0][1]
+
+    @property
+    def idle(self) -> tuple[float, ...]:
+        """Share of the makespan that each process waits."""
+        busy = np.nansum(self.ends - self.starts, axis=1)
+        busy[0] += sum(end - start for start, end, _ in self.decodes)
+        return tuple(float(1 - x / self.makespan) for x in busy)
+
+
+def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shape: ModelShape) -> Timeline:
+    """When each pass goes through each process, by the rules of `parallel.execute.carry_out`.
+
+    A process takes its passes in order, each when its input is there; messages overlap work. The head feeds a pass once
+    `feeding_order` allows, takes the answers of all passes in order, and decodes what leaves before it goes on.
+    """
+    num_stages, num_lanes, order = grid.num_stages, grid.num_lanes, feeding_order(plan)
+    depth = np.array([len(part) for part in layers], float)
+    starts = np.full((grid.world_size, len(plan.passes)), np.nan)
+    ends = starts.copy()
+    ranks = [[grid.rank(lane, stage) for stage in range(num_stages)] for lane in range(num_lanes)]
+    free = np.zeros((num_lanes, num_stages))
+    sent, decodes = np.zeros(grid.world_size), []
+    complete, fed = np.zeros(len(plan.passes)), 0.0
+    for i, p in enumerate(plan.passes):
+        lane = p.lane if num_lanes > 1 else 0
+        n = p.num_latents
+        latents, hidden = n * shape.latent_bytes, n * shape.hidden_bytes
+        fed = max(fed, complete[order[i]] if order[i] >= 0 else 0.0)
+        is_abroad = ranks[lane][0] != 0
+        work = depth * costs.layer(p)
+        work[0] += costs.first * n
+        work[-1] += costs.last * n
+        before = np.concatenate([[0.0], np.cumsum(work[:-1] + costs.hop(hidden))])
+        ready = free[lane] - before
+        ready[0] = max(ready[0], fed + (costs.hop(latents) if is_abroad else 0.0))
+        begin = np.maximum.accumulate(ready) + before
+        starts[ranks[lane], i], ends[ranks[lane], i] = begin, begin + work
+        free[lane] = begin + work
+        sent[0] += latents * is_abroad
+        sent[ranks[lane][:-1]] += hidden
+        answer = free[lane, -1]
+        if lane:
+            sent[ranks[lane][-1]] += latents
+            answer += costs.hop(latents)
+        head = max(free[0, -1], answer)
+        complete[i] = head
+        for block in p.emits:
+            end = head + costs.decode * plan.block_sizes[block]
+            decodes.append((head, end, block))
+            head = end
+        free[0, -1] = head
+    return Timeline(plan=plan, grid=grid, starts=starts, ends=ends, decodes=tuple(decodes), sent=tuple(map(int, sent)))
+
+
+def peak_features(plan: Plan) -> int:
+    """Most latents whose features are kept at once, in one layer, over all lanes (see `longvid.models.cache`)."""
+    kept: dict[tuple[int, int], int] = {}
+    peak = now = 0
+    for p in plan.passes:
+        for piece in p.writes:
+            now += piece.stop - piece.start - kept.get((piece.block, p.lane), 0)
+            kept[piece.block, p.lane] = piece.stop - piece.start
+        for block in p.frees:
+            now -= kept.pop((block, p.lane), 0)
+        peak = max(peak, now)
+    return peak
+
+
+def memory(plan: Plan, grid: Grid, layers: Sequence[range], shape: ModelShape) -> list[dict[str, int]]:
+    """Bytes of weights of the layers, of kept features and of activations, of each process, by rank.
+
+    Activations are those of one pass through one layer: hidden states, queries, keys, values and the feed-forward's
+    inside, and the context's features joined. The ends, text encoder and VAE come on top.
+    """
+    tokens = shape.tokens_per_latent * shape.bytes_per_element
+    widest = max(p.num_latents * (8 * shape.dim + 2 * shape.ffn_dim) + 4 * p.num_context * shape.dim
+                 for p in plan.passes)  # fmt: skip
+    features = 2 * shape.dim * tokens * peak_features(plan) // grid.num_lanes
+    found = []
+    for rank in range(grid.world_size):
+        depth = len(layers[grid.place(rank).stage])
+        found.append(
+            {"weights": depth * shape.layer_bytes, "features": depth * features, "activations": widest * tokens}
+        )
+    return found
