@@ -63,7 +63,7 @@ def contact_sheet(frames: np.ndarray, times: Sequence[float], columns: int = 8) 
     columns = min(columns, n)
     scale = max(1, round(width / 160))
     gap = 4 * scale
-    labels = [_draw(label(seconds), scale) for seconds in times]
+    labels = [draw_text(label(seconds), scale) for seconds in times]
     cell_width = max(width, *(text.shape[1] + gap for text in labels))
     cell_height = height + 7 * scale + 2 * gap
     rows = -(-n // columns)
@@ -96,7 +96,7 @@ def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
             file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
 
 
-def _draw(text: str, scale: int) -> np.ndarray:
+def draw_text(text: str, scale: int) -> np.ndarray:
     """The text as a mask `(7 scale, width)`, one column of space between letters."""
     letters = [np.array([[dot == "#" for dot in row] for row in GLYPHS[c].split(" ")]) for c in text]
     mask = np.concatenate([np.pad(letter, ((0, 0), (0, 1))) for letter in letters], axis=1)[:, :-1]

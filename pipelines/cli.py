@@ -41,6 +41,7 @@ def parser() -> Parser:
     plan = commands.add_parser("plan", help="print the matrix of steps and the list of passes")
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.add_argument("--image", metavar="F", help="plan for a video that starts from a picture")
+    _add_grid_flags(plan)
     for command in (generate, extend, plan):
         _add_video_flags(command)
     for command in (generate, extend):
@@ -99,6 +100,19 @@ def _add_output_flags(command: argparse.ArgumentParser) -> None:
     kept.add_argument(
         "--snapshot-every", type=int, default=8, metavar="N", help="blocks between two snapshots; 0: none"
     )
+
+
+def _add_grid_flags(plan: argparse.ArgumentParser) -> None:
+    grid = plan.add_argument_group("on several processes")
+    grid.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="simulate the plan on so many processes")
+    grid.add_argument("--cfg-parallel", action="store_true", help="half of them for each lane of guidance")
+    grid.add_argument("--calibrate", action="store_true", help="time the model on this machine, for a few seconds")
+    grid.add_argument("--layer-ms", type=float, metavar="T", help="a layer's time for a latent (default: 1 unit)")
+    grid.add_argument("--decode-ms", type=float, default=0.0, metavar="T", help="the VAE's time for a latent")
+    grid.add_argument("--link-ms", type=float, default=0.0, metavar="T", help="a message's latency")
+    grid.add_argument("--link-gbps", type=float, metavar="B", help="gigabits per second (default: no limit)")
+    grid.add_argument("--chart", metavar="F", help="process against time, coloured by block, PNG")
+    grid.add_argument("--threads", type=int, metavar="N", help="CPU threads for --calibrate")
 
 
 def _add_train_flags(train: argparse.ArgumentParser) -> None:
@@ -376,12 +390,49 @@ def _use_threads(threads: int | None) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    _use_threads(options.threads)
     from pipelines.configure import configure
     from pipelines.show_plan import plan_json, plan_text
 
-    indifferent = {"prompt": "any", "device": "cpu", "dtype": "float32"}  # a plan is the same for all
-    plan = configure(**{**_request(options), **indifferent}).plan()
-    return _print([json.dumps(plan_json(plan))] if options.json else plan_text(plan))
+    request = {"prompt": "any", **_request(options)}
+    if not options.calibrate:  # a plan is the same for all
+        request |= {"device": "cpu", "dtype": "float32"}
+    run = configure(**request)
+    plan = run.plan()
+    if options.nproc is None:
+        return _print([json.dumps(plan_json(plan))] if options.json else plan_text(plan))
+    return _plan_grid(options, run, plan)
+
+
+def _plan_grid(options, run, plan) -> int:
+    """Simulate a plan on processes: text or JSON, and the chart."""
+    from longvid.contact_sheet import write_png
+    from parallel.cost import Costs, best_split, memory, simulate
+    from parallel.grid import Grid
+    from pipelines.calibrate import measured_costs, shape_of
+    from pipelines.record import check_file
+    from pipelines.show_grid import chart, grid_json, grid_text
+    from pipelines.spread import grid_of
+
+    grid, shape = grid_of(options.nproc, run, cfg_parallel=options.cfg_parallel), shape_of(run)
+    if options.chart:
+        check_file(Path(options.chart), overwrite=False)
+    in_seconds = options.calibrate or options.layer_ms is not None
+    bandwidth = float("inf") if options.link_gbps is None else options.link_gbps * 1e9 / 8
+    if options.calibrate:
+        costs = measured_costs(run, plan, latency=options.link_ms / 1e3, bandwidth=bandwidth)
+    else:
+        scale = 1e-3 if in_seconds else 1.0
+        costs = Costs(per_latent=scale * (1.0 if options.layer_ms is None else options.layer_ms),
+                      decode=scale * options.decode_ms, latency=scale * options.link_ms,
+                      bandwidth=bandwidth)  # fmt: skip
+    layers = best_split(plan, grid, costs, shape.num_layers)
+    timeline = simulate(plan, grid, layers, costs, shape)
+    one = simulate(plan, Grid(num_stages=1), [range(shape.num_layers)], costs, shape).makespan
+    found = grid_json(timeline, layers, memory(plan, grid, layers, shape), one, "s" if in_seconds else "units")
+    if options.chart:
+        write_png(options.chart, chart(timeline, in_seconds=in_seconds))
+    return _print([json.dumps(found)] if options.json else grid_text(found))
 
 
 def _train(options: argparse.Namespace) -> int:
