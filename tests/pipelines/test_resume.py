@@ -69,6 +69,11 @@ def test_a_killed_run_goes_on_to_the_same_video(model, here, uncut, num, blocks,
     hold(here, resume(here, "--nproc", then), uncut("text", "generate"))
 
 
+def test_lanes_on_processes_of_their_own_go_on_on_one(model, here, uncut):
+    cut(model, here, "generate", "--cfg-parallel", num=2, blocks=6)
+    hold(here, resume(here, "--nproc", 1), uncut("text", "generate"))
+
+
 @pytest.mark.parametrize("kind", ["image", "extend"])
 def test_what_a_video_starts_from_is_kept_in_mind(model, here, uncut, tmp_path_factory, kind):
     given = tmp_path_factory.mktemp("given")

@@ -1,0 +1,116 @@
+"""The command line: commands and their flags. Imports nothing heavy, so that `longvid --help` answers at once."""
+
+import argparse
+
+EXIT_WRONG_REQUEST = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes flags by their whole names; says what is wrong in one line."""
+
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        """Exit 2 with one line."""
+        self.exit(EXIT_WRONG_REQUEST, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def parser() -> Parser:
+    """All commands and their flags."""
+    top = Parser(prog="longvid", description="Minutes of video from a prompt: rolling block-wise denoising.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="generate | extend | plan | train")
+    generate = commands.add_parser("generate", help="make a video from a prompt")
+    generate.add_argument("--image", metavar="F", help="a picture that the video starts from (PNG, JPEG, WebP)")
+    generate.add_argument("--resume", metavar="DIR", help="go on with a run that was cut, generate or extend; of other "
+                          "flags only --nproc, --threads, --max-restarts and --quiet are taken")  # fmt: skip
+    extend = commands.add_parser("extend", help="go on with a video")
+    extend.add_argument("--video", metavar="F", required=True, help="the video to go on with (any that decord reads)")
+    plan = commands.add_parser("plan", help="print the matrix of steps and the list of passes")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.add_argument("--image", metavar="F", help="plan for a video that starts from a picture")
+    _add_grid_flags(plan)
+    for command in (generate, extend, plan):
+        _add_video_flags(command)
+    for command in (generate, extend):
+        _add_output_flags(command)
+    _add_train_flags(commands.add_parser("train", help="train the embedded model, part by part"))
+    return top
+
+
+def _add_video_flags(command: argparse.ArgumentParser) -> None:
+    model = command.add_argument_group("what")
+    model.add_argument("--model", metavar="M", help="a model folder or a hub id (default: the model in the box)")
+    model.add_argument("--prompt", metavar="TEXT", help="what to show")
+    model.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    length = command.add_argument_group("length and size")
+    length.add_argument("--seconds", type=float, metavar="S")
+    length.add_argument("--num-frames", type=int, metavar="N", help="4n + 1; of extend the first is the input's last")
+    length.add_argument("--fps", type=int, metavar="N")
+    length.add_argument("--height", type=int, metavar="N", help="pixels")
+    length.add_argument("--width", type=int, metavar="N", help="pixels")
+    method = command.add_argument_group("method")
+    method.add_argument("--method", metavar="NAME", help="rolling, dualparal, skyreels-sync, skyreels-async, "
+                        "rolling-forcing or self-forcing")  # fmt: skip
+    method.add_argument("--num-inference-steps", "--num-steps", type=int, metavar="N", dest="num_steps")
+    method.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
+    method.add_argument("--flow-shift", type=float, metavar="S")
+    method.add_argument("--block-size", type=int, metavar="N", help="latents in a block")
+    method.add_argument("--lag", type=int, metavar="N", help="steps that a block is ahead of the next")
+    method.add_argument("--seed", type=int, metavar="N", help="chosen and printed if left out")
+    method.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N")
+    method.add_argument("--dtype", metavar="T", help="float32 or bfloat16")
+
+
+def _add_output_flags(command: argparse.ArgumentParser) -> None:
+    output = command.add_argument_group("output")
+    output.add_argument("--output", metavar="F", help="the video, .mp4; F.json is written beside it")
+    output.add_argument("--save-latents", metavar="F", help="clean latents, safetensors")
+    output.add_argument("--metrics", metavar="F", help="time, memory and hashes, JSON")
+    output.add_argument("--contact-sheet", metavar="F", help="a grid of frames with their times, PNG")
+    output.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    output.add_argument("--dry-run", action="store_true", help="check, print the configuration, make nothing")
+    output.add_argument("--quiet", action="store_true", help="no progress, no configuration")
+    spread = command.add_argument_group("processes")
+    spread.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="processes, one per GPU (default: 1)")
+    spread.add_argument("--cfg-parallel", action="store_true", help="half of the processes for each lane of guidance")
+    spread.add_argument("--threads", type=int, metavar="N", help="CPU threads of each process")
+    spread.add_argument("--nnodes", type=int, metavar="N", help="machines; start the same command on each")
+    spread.add_argument(
+        "--node-rank", type=int, metavar="R", help="which of them this is, from 0, which gets the files"
+    )
+    spread.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where they meet: a free port of machine 0")
+    spread.add_argument("--max-restarts", type=int, metavar="N", help="times that processes which fail go on by "
+                        "themselves (default: 0)")  # fmt: skip
+    kept = command.add_argument_group("a run that is cut")
+    kept.add_argument("--run-dir", metavar="DIR", help="what a run needs to go on (default: NAME.run beside the video; "
+                      "removed at the end)")  # fmt: skip
+    kept.add_argument(
+        "--snapshot-every", type=int, default=8, metavar="N", help="blocks between two snapshots; 0: none"
+    )
+
+
+def _add_grid_flags(plan: argparse.ArgumentParser) -> None:
+    grid = plan.add_argument_group("on several processes")
+    grid.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="simulate the plan on so many processes")
+    grid.add_argument("--cfg-parallel", action="store_true", help="half of them for each lane of guidance")
+    grid.add_argument("--calibrate", action="store_true", help="time the model on this machine, for a few seconds")
+    grid.add_argument("--layer-ms", type=float, metavar="T", help="a layer's time for a latent (default: 1 unit)")
+    grid.add_argument("--decode-ms", type=float, default=0.0, metavar="T", help="the VAE's time for a latent")
+    grid.add_argument("--link-ms", type=float, default=0.0, metavar="T", help="a message's latency")
+    grid.add_argument("--link-gbps", type=float, metavar="B", help="gigabits per second (default: no limit)")
+    grid.add_argument("--chart", metavar="F", help="process against time, coloured by block, PNG")
+    grid.add_argument("--threads", type=int, metavar="N", help="CPU threads for --calibrate")
+
+
+def _add_train_flags(train: argparse.ArgumentParser) -> None:
+    train.add_argument("part", choices=["vae", "text", "latents", "dit", "pack"],
+                       help="in this order; latents encodes films once, pack writes the model folder")  # fmt: skip
+    train.add_argument("--out", metavar="DIR", required=True, help="the training folder, the same for all parts")
+    train.add_argument("--steps", type=int, metavar="N", help="training steps (latents: films of each set, at most)")
+    train.add_argument("--batch-size", type=int, metavar="N")
+    train.add_argument("--learning-rate", type=float, metavar="R")
+    train.add_argument("--seed", type=int, default=0, metavar="N")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    train.add_argument("--model", metavar="DIR", help="pack: the model folder to write")
+    train.add_argument("--threads", type=int, metavar="N")
