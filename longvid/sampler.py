@@ -4,6 +4,7 @@ It decides nothing: the plan says what each pass covers, reads, writes, updates 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -139,28 +140,30 @@ def sample(
     ready: Sequence[Latents] = (),
     fps: int = 24,
     observe: Callable[[Pass], None] = lambda p: None,
+    during: Callable[[Pass], AbstractContextManager] = lambda p: nullcontext(),
     start: Point | None = None,
     reached: Callable[[Point], None] = lambda point: None,
 ) -> Iterator[tuple[int, Latents]]:
     """Yield (block, clean latents (1, c, f, h, w)) oldest first.
 
     `text` gives the text of a pass (lane 0 is the prompt's, lane 1 the negative prompt's), `ready` the latents of the
-    blocks that are clean from the start, `observe` is called after each pass. `reached` is called when blocks have left
-    and been consumed: the same run can go on from there (`start`). Raises FloatingPointError where latents
-    stop being finite, naming block and step.
+    blocks that are clean from the start. `observe` is called after each pass, `during` entered for it. `reached` is
+    called when blocks have left and been consumed: the same run can go on from there (`start`). Raises
+    FloatingPointError where latents stop being finite, naming block and step.
     """
     if start is None:
         queue = Queue(plan, noise, next(dit.parameters()).device, ready)
         start = Point(done=0, cache=Cache(), queue=queue)
     cache, queue, lanes = start.cache, start.queue, {}
     for i, p in enumerate(plan.passes[start.done :], start.done):
-        x = queue.gather(p)
-        timesteps = timesteps_of(p, x.device)
-        lanes[p.lane], features = dit(x, timesteps, text(p), cache.context(p), fps=fps, keep=bool(p.writes))
-        cache = cache.after(p, features)
-        del features  # what the cache has not kept need not live through the next pass
-        if p.updates:
-            queue.update(p, guide(lanes[1], lanes[0], plan.method.guidance_scale) if len(lanes) > 1 else lanes[0])
+        with during(p):
+            x = queue.gather(p)
+            timesteps = timesteps_of(p, x.device)
+            lanes[p.lane], features = dit(x, timesteps, text(p), cache.context(p), fps=fps, keep=bool(p.writes))
+            cache = cache.after(p, features)
+            del features  # what the cache has not kept need not live through the next pass
+            if p.updates:
+                queue.update(p, guide(lanes[1], lanes[0], plan.method.guidance_scale) if len(lanes) > 1 else lanes[0])
         observe(p)
         yield from queue.take(p)
         if p.emits:

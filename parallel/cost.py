@@ -122,6 +122,11 @@ class Timeline:
         busy[0] += sum(end - start for start, end, _ in self.decodes)
         return tuple(float(1 - x / self.makespan) for x in busy)
 
+    @property
+    def mean_idle(self) -> float:
+        """The same on average."""
+        return float(np.mean(self.idle))
+
 
 def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shape: ModelShape) -> Timeline:
     """When each pass goes through each process, by the rules of `parallel.execute.carry_out`.

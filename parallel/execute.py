@@ -8,6 +8,7 @@ bit: only where a layer runs differs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -30,14 +31,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """This process's place on the grid and its links.
+    """This process's place on the grid, its layers and its links.
 
     `source` brings what its layers are applied to, `target` takes what they give. The head has besides `feeds`, one
     for each lane of the grid, and `answers`, which bring the velocities of the other lanes; its target is itself.
     """
 
     grid: Grid
-    index: int
+    layers: range
     lane: int | None
     source: Receiver | Local
     target: Sender | Local
@@ -69,8 +70,10 @@ class Stage:
         return self.lane is None or self.lane == p.lane
 
 
-def make_stage(grid: Grid, device: torch.device) -> Stage:
+def make_stage(grid: Grid, layers: Sequence[range], device: torch.device) -> Stage:
     """Link this process with those that it works with, and warm the links up. Every process must call it.
+
+    `layers` are those of each stage.
 
     Raises ValueError unless there are as many processes as the grid has places.
     """
@@ -100,28 +103,30 @@ def make_stage(grid: Grid, device: torch.device) -> Stage:
         lane = place.lane or 0
         before = 0 if place.stage == 0 else grid.rank(lane, place.stage - 1)
         after = 0 if place.stage == grid.num_stages - 1 else grid.rank(lane, place.stage + 1)
-        return Stage(grid=grid, index=place.stage, lane=place.lane, source=receivers[before], target=senders[after])
+        return Stage(
+            grid=grid, layers=layers[place.stage], lane=place.lane, source=receivers[before], target=senders[after]
+        )
     itself = Local()
     firsts = [grid.rank(lane, 0) for lane in range(grid.num_lanes)]
     last = grid.num_stages - 1
     return Stage(
-        grid=grid, index=place.stage, lane=place.lane, target=Local(),
+        grid=grid, layers=layers[place.stage], lane=place.lane, target=Local(),
         source=itself if grid.num_stages == 1 else receivers[grid.rank(0, last - 1)],
         feeds=tuple(senders.get(first, itself) for first in firsts),
         answers=tuple(receivers[grid.rank(lane, last)] for lane in range(1, grid.num_lanes)),
     )  # fmt: skip
 
 
-def from_rank_0(make: Callable[[], T]) -> T:
-    """What rank 0 makes, on every process. A ValueError there ends the others without a word."""
+def from_rank(rank: int, make: Callable[[], T]) -> T:
+    """What one process makes, on every process. A ValueError there ends the others without a word."""
     found: list = [None]
-    if dist.get_rank() == 0:
+    if dist.get_rank() == rank:
         try:
             found = [make()]
         except ValueError:
-            dist.broadcast_object_list(found)
+            dist.broadcast_object_list(found, rank)
             raise
-    dist.broadcast_object_list(found)
+    dist.broadcast_object_list(found, rank)
     if found[0] is None:
         raise SystemExit(2)
     return found[0]
@@ -146,6 +151,7 @@ def carry_out(
     ready: Sequence[Latents] = (),
     fps: int = 24,
     observe: Callable[[Pass], None] = lambda p: None,
+    during: Callable[[Pass], AbstractContextManager] = lambda p: nullcontext(),
     start: Point | None = None,
     reached: Callable[[Point], None] = lambda point: None,
 ) -> Iterator[tuple[int, Latents]]:
@@ -154,7 +160,7 @@ def carry_out(
     `part` holds this stage's layers, `size` is channels, height and width of latents; `ready` is needed on the head
     only. `start` and `reached` are as in `longvid.sampler.sample`: every process reaches the same points, each with its
     own cache, and the queue is on the head. `observe` is called after each pass that goes through this part, and on the
-    head after all. Raises as `sample` does.
+    head after all; `during` is entered for what this part computes of a pass. Raises as `sample` does.
     """
     device = next(part.parameters()).device
     if start is None:
@@ -166,10 +172,12 @@ def carry_out(
     for i, p in enumerate(plan.passes[start.done :], start.done):
         if stage.runs(p):
             x = stage.source.receive()
-            y, features = part(x, timesteps_of(p, device), text(p), cache.context(p), fps=fps, keep=bool(p.writes))
-            cache = cache.after(p, features)
+            with during(p):
+                context = cache.context(p)
+                y, features = part(x, timesteps_of(p, device), text(p), context, fps=fps, keep=bool(p.writes))
+                cache = cache.after(p, features)
             stage.target.send(y)
-            del x, y, features
+            del x, y, features, context
         if head or stage.runs(p):
             observe(p)
         if head:

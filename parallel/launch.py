@@ -35,6 +35,7 @@ class Launch:
     num_machines: int = 1
     machine: int = 0
     endpoint: str = ""
+    meet_s: int = MEET_S
     max_restarts: int = 0
 
     def __post_init__(self):
@@ -45,6 +46,8 @@ class Launch:
         if self.num_machines > 1 and not (host and colon and port.isdigit()):
             raise ValueError(f"rdzv_endpoint={self.endpoint!r} must be HOST:PORT of the first machine, the same on "
                              "all; such as 10.0.0.1:29400")  # fmt: skip
+        if self.meet_s < 1:
+            raise ValueError(f"rdzv_timeout={self.meet_s} must be at least 1 second; try {MEET_S}")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts={self.max_restarts} must be at least 0; try 1")
 
@@ -68,7 +71,7 @@ def launch(module: str, words: Sequence[str], how: Launch) -> int:
     config = LaunchConfig(
         min_nodes=how.num_machines, max_nodes=how.num_machines, nproc_per_node=how.num_processes,
         rdzv_backend="c10d" if alone else "static", rdzv_endpoint="localhost:0" if alone else how.endpoint,
-        rdzv_configs={} if alone else {"rank": how.machine, "timeout": MEET_S},
+        rdzv_configs={} if alone else {"rank": how.machine, "timeout": how.meet_s},
         run_id=secrets.token_hex(8) if alone else "longvid", max_restarts=how.max_restarts,
         shutdown_timeout=SHUTDOWN_S,
     )  # fmt: skip
@@ -85,9 +88,9 @@ def launch(module: str, words: Sequence[str], how: Launch) -> int:
     except SignalException as error:
         raise KeyboardInterrupt from error
     except dist.DistError as error:
-        raise ValueError(f"the {how.num_machines} machines did not meet at {how.endpoint} within {MEET_S} s: {error}; "
-                         "start the same command on each, with its --node-rank, and see that the port is free and "
-                         "open") from error  # fmt: skip
+        raise ValueError(f"the {how.num_machines} machines did not meet at {how.endpoint} within {how.meet_s} s: "
+                         f"{error}; start the same command on each, with its --node-rank, and see that the port is "
+                         "free and open") from error  # fmt: skip
     finally:
         logging.disable(logging.NOTSET)
     return 0

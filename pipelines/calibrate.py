@@ -34,11 +34,12 @@ def shape_of(run: Run) -> ModelShape:
 
 
 @torch.no_grad()
-def measured_costs(run: Run, plan: Plan, *, latency: float, bandwidth: float) -> Costs:
+def measured_costs(run: Run, plan: Plan, *, latency: float, bandwidth: float, repeats: int = REPEATS) -> Costs:
     """Costs of the run's model on this machine, with the threads that torch has now; links as given.
 
     Layers are timed on the plan's shortest and longest pass and one twice as long, without and with the longest
-    context, and the three coefficients fitted to that; the ends are what the end layers take besides.
+    context, and the three coefficients fitted to that; the ends are what the end layers take besides. Times are
+    medians of `repeats` calls.
     """
     num_layers = open_folder(run.model).transformer["num_layers"]
     few, more = range(1), range(min(3, num_layers))
@@ -48,13 +49,13 @@ def measured_costs(run: Run, plan: Plan, *, latency: float, bandwidth: float) ->
     cases = [(n, c) for n in sorted({min(sizes), max(sizes), 2 * max(sizes)}) for c in sorted({0, longest})]
     layer, first, last = {}, [], []
     for n, c in cases:
-        short, long, end = (_time(run, _forward(part, run, n, c)) for part in parts.values())
+        short, long, end = (_time(run, _forward(part, run, n, c), repeats) for part in parts.values())
         layer[n, c] = max((long - short) / (len(more) - 1), 1e-9) if len(more) > 1 else short
         first.append(max(0.0, short - layer[n, c]) / n)
         last.append(max(0.0, end - layer[n, c]) / n)
     fixed, per_latent, per_pair = _fit(cases, [layer[case] for case in cases])
     return Costs(fixed=fixed, per_latent=per_latent, per_pair=per_pair, first=statistics.median(first),
-                 last=statistics.median(last), decode=_decode_time(run), latency=latency,
+                 last=statistics.median(last), decode=_decode_time(run, repeats), latency=latency,
                  bandwidth=bandwidth)  # fmt: skip
 
 
@@ -93,19 +94,19 @@ def _forward(part: DiT, run: Run, num_latents: int, num_context: int) -> Callabl
     return lambda: part(x, timesteps, text, context)
 
 
-def _decode_time(run: Run) -> float:
+def _decode_time(run: Run, repeats: int) -> float:
     """Seconds for a latent of the VAE's stream."""
     vae = load_vae(open_folder(run.model), torch.float32, run.device).eval()
     factor = vae.config.spatial_factor
     z = torch.zeros(1, vae.config.z_dim, 2, run.height // factor, run.width // factor, device=run.device)
     _, state = vae.decode(z)
-    return _time(run, lambda: vae.decode(z, state)) / 2
+    return _time(run, lambda: vae.decode(z, state), repeats) / 2
 
 
-def _time(run: Run, call: Callable[[], object]) -> float:
+def _time(run: Run, call: Callable[[], object], repeats: int) -> float:
     """Median seconds of a call."""
     times = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         start = time.perf_counter()
         call()
         if run.device.startswith("cuda"):

@@ -90,9 +90,12 @@ def _resume(options: argparse.Namespace) -> int:
     if options.nproc is not None:
         stored.nproc, stored.cfg_parallel = options.nproc, options.cfg_parallel
     stored.nnodes, stored.node_rank, stored.rdzv_endpoint = options.nnodes, options.node_rank, options.rdzv_endpoint
+    stored.rdzv_timeout = options.rdzv_timeout
     stored.threads = options.threads or found["threads"]  # other numbers of threads may round differently
     stored.max_restarts, stored.quiet = options.max_restarts, options.quiet
-    switches = [flag for flag in ("--cfg-parallel", "--quiet") if getattr(stored, flag[2:].replace("-", "_"))]
+    switches = ["--quiet"] if options.quiet else []
+    if stored.cfg_parallel is not None:
+        switches.append("--cfg-parallel" if stored.cfg_parallel else "--no-cfg-parallel")
     stored.words = ["generate", "--resume", str(folder), "--nproc", str(stored.nproc or 1), *switches]
     return COMMANDS[stored.command](stored)
 
@@ -127,14 +130,15 @@ def _plan(options: argparse.Namespace) -> int:
 def _plan_grid(options, run, plan) -> int:
     """Simulate a plan on processes: text or JSON, and the chart."""
     from longvid.contact_sheet import write_png
-    from parallel.cost import Costs, best_split, memory, simulate
+    from parallel.cost import Costs, memory, simulate
     from parallel.grid import Grid
+    from parallel.layout import fastest
     from pipelines.calibrate import measured_costs, shape_of
     from pipelines.record import check_file
     from pipelines.show_grid import chart, grid_json, grid_text
-    from pipelines.spread import grid_of
+    from pipelines.spread import grids_of
 
-    grid, shape = grid_of(options.nproc, run, cfg_parallel=options.cfg_parallel), shape_of(run)
+    grids, shape = grids_of(options.nproc, run, cfg_parallel=options.cfg_parallel), shape_of(run)
     if options.chart:
         check_file(Path(options.chart), overwrite=False)
     in_seconds = options.calibrate or options.layer_ms is not None
@@ -146,10 +150,10 @@ def _plan_grid(options, run, plan) -> int:
         costs = Costs(per_latent=scale * (1.0 if options.layer_ms is None else options.layer_ms),
                       decode=scale * options.decode_ms, latency=scale * options.link_ms,
                       bandwidth=bandwidth)  # fmt: skip
-    layers = best_split(plan, grid, costs, shape.num_layers)
-    timeline = simulate(plan, grid, layers, costs, shape)
+    layout = fastest(plan, grids, costs, shape)
+    layers, timeline = list(layout.layers), layout.planned
     one = simulate(plan, Grid(num_stages=1), [range(shape.num_layers)], costs, shape).makespan
-    found = grid_json(timeline, layers, memory(plan, grid, layers, shape), one, "s" if in_seconds else "units")
+    found = grid_json(timeline, layers, memory(plan, layout.grid, layers, shape), one, "s" if in_seconds else "units")
     if options.chart:
         write_png(options.chart, chart(timeline, in_seconds=in_seconds))
     return print_lines([json.dumps(found)] if options.json else grid_text(found))

@@ -68,18 +68,22 @@ def _add_output_flags(command: argparse.ArgumentParser) -> None:
     output.add_argument("--save-latents", metavar="F", help="clean latents, safetensors")
     output.add_argument("--metrics", metavar="F", help="time, memory and hashes, JSON")
     output.add_argument("--contact-sheet", metavar="F", help="a grid of frames with their times, PNG")
+    output.add_argument("--trace", metavar="F", help="what each process does when, and what was planned, in "
+                        "Chrome's trace format (Perfetto shows it)")  # fmt: skip
     output.add_argument("--overwrite", action="store_true", help="replace files that exist")
     output.add_argument("--dry-run", action="store_true", help="check, print the configuration, make nothing")
     output.add_argument("--quiet", action="store_true", help="no progress, no configuration")
     spread = command.add_argument_group("processes")
     spread.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="processes, one per GPU (default: 1)")
-    spread.add_argument("--cfg-parallel", action="store_true", help="half of the processes for each lane of guidance")
+    _add_lanes_flag(spread)
     spread.add_argument("--threads", type=int, metavar="N", help="CPU threads of each process")
     spread.add_argument("--nnodes", type=int, metavar="N", help="machines; start the same command on each")
     spread.add_argument(
         "--node-rank", type=int, metavar="R", help="which of them this is, from 0, which gets the files"
     )
     spread.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where they meet: a free port of machine 0")
+    spread.add_argument("--rdzv-timeout", type=int, metavar="S", help="seconds that a machine waits for the others "
+                        "(default: 120)")  # fmt: skip
     spread.add_argument("--max-restarts", type=int, metavar="N", help="times that processes which fail go on by "
                         "themselves (default: 0)")  # fmt: skip
     kept = command.add_argument_group("a run that is cut")
@@ -90,10 +94,16 @@ def _add_output_flags(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_lanes_flag(group) -> None:
+    group.add_argument("--cfg-parallel", action=argparse.BooleanOptionalAction, default=None,
+                       help="half of the processes for each lane of guidance (default: what the cost model finds "
+                       "faster)")  # fmt: skip
+
+
 def _add_grid_flags(plan: argparse.ArgumentParser) -> None:
     grid = plan.add_argument_group("on several processes")
     grid.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="simulate the plan on so many processes")
-    grid.add_argument("--cfg-parallel", action="store_true", help="half of them for each lane of guidance")
+    _add_lanes_flag(grid)
     grid.add_argument("--calibrate", action="store_true", help="time the model on this machine, for a few seconds")
     grid.add_argument("--layer-ms", type=float, metavar="T", help="a layer's time for a latent (default: 1 unit)")
     grid.add_argument("--decode-ms", type=float, default=0.0, metavar="T", help="the VAE's time for a latent")

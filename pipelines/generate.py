@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from einops import rearrange
 
-from longvid.checkpoints.diffusers_folder import Folder, load_dit, load_vae, open_folder
+from longvid.checkpoints.diffusers_folder import Folder, load_dit, load_vae, open_folder, stored_bytes
 from longvid.media import read_image
 from longvid.models.dit import DiT, TextFeatures
 from longvid.models.text import TextEncoder
@@ -17,18 +18,25 @@ from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import noise_of, sample
 from longvid.types import Latents, Video
-from parallel.execute import Stage, carry_out, from_all, from_rank_0
+from parallel.execute import Stage, carry_out, from_all, from_rank
 from parallel.snapshot import part_of
-from parallel.split import split_layers
 from pipelines.configure import Run, configure
 from pipelines.run_folder import Keeping
+from pipelines.trace import Span, Trace, about
 from pipelines.usage import Usage, peak_memory_mb
 
 __all__ = ["Models", "Observer", "Run", "configure", "generate", "load_models"]
 
 
 class Observer:
-    """Sees what happens while a video is made; the default sees nothing."""
+    """Sees what happens while a video is made; the default sees nothing. A trace, if given, notes what took when."""
+
+    def __init__(self, trace: Trace | None = None):
+        self.trace = trace
+
+    def span(self, name: str, **about) -> AbstractContextManager:
+        """Entered for what takes time."""
+        return nullcontext() if self.trace is None else self.trace.span(name, **about)
 
     def passed(self, p: Pass) -> None:
         """One forward of the model is done."""
@@ -36,22 +44,23 @@ class Observer:
     def left(self, block: int, latents: Latents) -> None:
         """A clean block (1, c, f, h, w) has left the queue."""
 
-    def ended(self, processes: list[Usage]) -> None:
-        """All is made; what each process has used, in order of rank."""
+    def ended(self, processes: list[Usage], spans: list[list[Span]]) -> None:
+        """All is made; what each process has used and, with a trace, when, in order of rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
     """The networks of a run. Text is encoded already and its encoder gone.
 
-    `latent_size` is channels, height and width. With a stage the DiT is its part; the VAE, and with it all frames, are
-    on the last stage alone.
+    `latent_size` is channels, height and width, `bytes_read` of the weights' files. With a stage the DiT is its part;
+    the VAE, and with it all frames, are on the head alone.
     """
 
     dit: DiT
     vae: VAE | None
     text: tuple[TextFeatures, ...]
     latent_size: tuple[int, int, int]
+    bytes_read: int
     stage: Stage | None = None
 
 
@@ -65,15 +74,15 @@ def load_models(run: Run, stage: Stage | None = None) -> Models:
     if stage is None:
         states, layers = encode_prompts(folder, run, dtype), None
     else:
-        states = from_rank_0(lambda: encode_prompts(folder, run, dtype))
-        layers = split_layers([1.0] * folder.transformer["num_layers"], stage.grid.num_stages)[stage.index]
+        states, layers = from_rank(0, lambda: encode_prompts(folder, run, dtype)), stage.layers
     dit = load_dit(folder, dtype, run.device, layers).eval()
     vae = load_vae(folder, torch.float32, run.device).eval() if stage is None or stage.is_head else None
     with torch.no_grad():
         text = tuple(dit.text_features(state.to(run.device)) for state in states)
     factor = VAEConfig.from_dict(folder.vae).spatial_factor
     size = (dit.config.in_channels, run.height // factor, run.width // factor)
-    return Models(dit=dit, vae=vae, text=text, latent_size=size, stage=stage)
+    read = stored_bytes(folder, "transformer", dit) + (stored_bytes(folder, "vae", vae) if vae else 0)
+    return Models(dit=dit, vae=vae, text=text, latent_size=size, bytes_read=read, stage=stage)
 
 
 def encode_prompts(folder: Folder, run: Run, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -132,21 +141,24 @@ def roll(
             frames, state = decode(models.vae, latents, state)
             yield frames
     for block, latents in _blocks(run, plan, models, ready, observer, keeping):
-        observer.left(block, latents)
-        if keeping:
-            keeping.folder.keep(block, latents)
-        frames, state = decode(models.vae, latents, state)
+        with observer.span("keep", block=block):
+            observer.left(block, latents)
+            if keeping:
+                keeping.folder.keep(block, latents)
+        with observer.span("decode", block=block):
+            frames, state = decode(models.vae, latents, state)
         yield frames
-    observer.ended(_usage(run, models.stage, time.perf_counter() - start))
+    spans = observer.trace.spans if observer.trace else []
+    usage = _usage(run, models, time.perf_counter() - start)
+    observer.ended(usage, [spans] if models.stage is None else from_all(spans))
 
 
-def _usage(run: Run, stage: Stage | None, seconds: float) -> list[Usage]:
+def _usage(run: Run, models: Models, seconds: float) -> list[Usage]:
     """What each process took, in order of rank; all processes must ask."""
-    peak = peak_memory_mb(run.device)
-    if stage is None:
-        return [Usage(idle_fraction=0.0, peak_memory_mb=peak, bytes_sent=0)]
-    idle = stage.waited_s / seconds
-    return from_all(Usage(idle_fraction=idle, peak_memory_mb=peak, bytes_sent=stage.num_bytes))
+    peak, stage = peak_memory_mb(run.device), models.stage
+    idle, sent = (stage.waited_s / seconds, stage.num_bytes) if stage else (0.0, 0)
+    this = Usage(idle_fraction=idle, peak_memory_mb=peak, bytes_sent=sent, weight_bytes_read=models.bytes_read)
+    return [this] if stage is None else from_all(this)
 
 
 def _blocks(
@@ -155,12 +167,13 @@ def _blocks(
     size, stage = models.latent_size, models.stage
     noise = noise_of(plan, run.seed, *size)
     text: Callable[[Pass], TextFeatures] = lambda p: models.text[p.lane]  # noqa: E731
-    common = {"ready": ready, "fps": run.fps, "observe": observer.passed}
+    common = {"ready": ready, "fps": run.fps, "observe": observer.passed,
+              "during": lambda p: observer.span("pass", **about(p))}  # fmt: skip
     if keeping:
         lanes = range(plan.method.num_lanes) if stage is None or stage.lane is None else [stage.lane]
         part, queue = part_of(models.dit.layers, lanes), (plan, noise) if models.vae else None
         common["start"] = keeping.point(part, next(models.dit.parameters()).device, queue)
-        common["reached"] = keeping.reached(plan, part)
+        common["reached"] = keeping.reached(plan, part, observer.span)
     if models.stage is None:
         return sample(plan, models.dit, text, noise, **common)
     return carry_out(plan, models.dit, models.stage, text, noise, size, **common)

@@ -38,7 +38,8 @@ def use_threads(threads: int | None) -> None:
 def _outputs(options: argparse.Namespace):
     from pipelines.record import Outputs
 
-    paths = {"latents": options.save_latents, "metrics": options.metrics, "contact_sheet": options.contact_sheet}
+    paths = {"latents": options.save_latents, "metrics": options.metrics, "contact_sheet": options.contact_sheet,
+             "trace": options.trace}  # fmt: skip
     return Outputs(
         video=Path(options.output) if options.output is not None else _free_name(Path("longvid.mp4")),
         overwrite=options.overwrite,
@@ -60,7 +61,7 @@ def make(options, request, run, *, num_frames: int, source: Path | None, notes: 
     described = _describe(run, plan, outputs, notes)
     from parallel.launch import launch
     from pipelines.run_folder import RunFolder
-    from pipelines.spread import Task, check_gpus, grid_of, keeping_of, taken_part
+    from pipelines.spread import Task, check_gpus, grids_of, keeping_of, layout_of, taken_part
 
     how = _how(options)
     is_first = not is_worker() and how.machine == 0
@@ -71,8 +72,8 @@ def make(options, request, run, *, num_frames: int, source: Path | None, notes: 
     if is_first:
         folder.check(overwrite=options.overwrite)
     if not is_worker():
-        grid_of(how.world_size, run, cfg_parallel=options.cfg_parallel)
-        check_gpus(how, run)
+        grids = grids_of(how.world_size, run, cfg_parallel=options.cfg_parallel)
+        check_gpus(how, run, grids)
     if options.dry_run:
         return print_lines([json.dumps(described, indent=2, default=str)])
     goes_on = options.goes_on or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -82,25 +83,29 @@ def make(options, request, run, *, num_frames: int, source: Path | None, notes: 
     if not is_worker():
         with _way_on(folder):
             if how.world_size == 1:
-                return _carry_out(options, task, described, num_frames)
+                planned = layout_of(grids, run, whole=True).planned if outputs.trace else None
+                return _carry_out(options, task, described, num_frames, planned=planned)
             command = options.words if options.goes_on else _whole_command(options, task)
             return launch("pipelines.cli", command, how)
-    with taken_part(task, cfg_parallel=options.cfg_parallel) as (task, stage):
+    with taken_part(task, cfg_parallel=options.cfg_parallel, whole=bool(outputs.trace)) as (task, stage, layout):
         if not stage.is_head:
             return _work(task, stage)
+        if not options.quiet:
+            print(layout.in_words, file=sys.stderr)
         if not goes_on:
             task.outputs.check(num_frames, run.height, run.width, source=source)
-        return _carry_out(options, task, described, num_frames, stage)
+        return _carry_out(options, task, described, num_frames, stage, planned=layout.planned)
 
 
 def _how(options):
     """The processes asked for."""
-    from parallel.launch import Launch, threads_each
+    from parallel.launch import MEET_S, Launch, threads_each
 
     num_processes = 1 if options.nproc is None else options.nproc
     return Launch(
         num_processes=num_processes, threads=options.threads or threads_each(max(1, num_processes)),
         num_machines=1 if options.nnodes is None else options.nnodes, machine=options.node_rank or 0,
+        meet_s=MEET_S if options.rdzv_timeout is None else options.rdzv_timeout,
         endpoint=options.rdzv_endpoint or "", max_restarts=options.max_restarts or 0,
     )  # fmt: skip
 
@@ -119,9 +124,15 @@ def _work(task, stage) -> int:
     """Be a stage that holds no frames."""
     from pipelines.generate import Observer
 
-    frames = list(task.frames(Observer(), stage))
+    frames = list(task.frames(Observer(_trace(task)), stage))
     assert not frames, "frames are made on the head alone"
     return EXIT_DONE
+
+
+def _trace(task):
+    from pipelines.trace import Trace
+
+    return Trace(task.run.device) if task.outputs.trace else None
 
 
 def _describe(run, plan, outputs, notes: dict) -> dict:
@@ -151,13 +162,13 @@ def print_lines(lines: Iterable[str]) -> int:
     return EXIT_DONE
 
 
-def _carry_out(options, task, described: dict, num_frames: int, stage=None) -> int:
+def _carry_out(options, task, described: dict, num_frames: int, stage=None, planned=None) -> int:
     """Write the video with progress on standard error; what is there stays if it is cut."""
     from pipelines.progress import Progress
     from pipelines.record import Meter, record
 
     run, outputs, done = task.run, task.outputs, 0
-    meter = Meter(keep_latents=outputs.latents is not None)
+    meter = Meter(keep_latents=outputs.latents is not None, trace=_trace(task))
     frames = task.frames(meter, stage)
     _show(options, described)
     folder = task.keeping.folder
@@ -179,7 +190,22 @@ def _carry_out(options, task, described: dict, num_frames: int, stage=None) -> i
     if not options.quiet:
         print(f"latent_sha256 {meter.latent_sha256}", file=sys.stderr)
     folder.remove()
+    if outputs.trace:
+        _write_trace(outputs.trace, meter, planned, quiet=options.quiet)
     return print_lines([str(outputs.video)])
+
+
+def _write_trace(path: Path, meter, planned, *, quiet: bool) -> None:
+    """Write what was done and planned; say how they compare."""
+    from pipelines.record import write_json
+    from pipelines.trace import chrome_trace
+
+    content = chrome_trace(meter.spans, planned)
+    write_json(path, content)
+    if not quiet:
+        found = content["otherData"]
+        print(f"planned {found['planned_makespan_s']:.2f} s, measured {found['measured_makespan_s']:.2f} s",
+              file=sys.stderr)  # fmt: skip
 
 
 def _whole_command(options, task) -> list[str]:

@@ -22,6 +22,7 @@ from longvid.passes import Pass
 from longvid.types import Latents
 from pipelines.configure import Run
 from pipelines.generate import Observer
+from pipelines.trace import Span, Trace
 from pipelines.usage import Usage, peak_memory_mb
 
 SHEET_FRAMES = 24
@@ -35,6 +36,7 @@ class Outputs:
     latents: Path | None = None
     metrics: Path | None = None
     contact_sheet: Path | None = None
+    trace: Path | None = None
     overwrite: bool = False
 
     @property
@@ -46,7 +48,8 @@ class Outputs:
         """Raise ValueError if one cannot be written, exists and may not be overwritten, or is the input `source`."""
         try:
             check_output(self.video, overwrite=self.overwrite)
-            others = [path for path in (self.sidecar, self.latents, self.metrics, self.contact_sheet) if path]
+            others = [path for path in (self.sidecar, self.latents, self.metrics, self.contact_sheet, self.trace)
+                      if path]  # fmt: skip
             for path in (self.video, *others):
                 if source and path.exists() and path.samefile(source):
                     raise ValueError(f"output {path} is the input; give another name")
@@ -76,12 +79,14 @@ def check_file(path: Path, *, overwrite: bool) -> None:
 class Meter(Observer):
     """Counts passes, hashes latents as they leave, and keeps them if asked."""
 
-    def __init__(self, *, keep_latents: bool = False):
+    def __init__(self, *, keep_latents: bool = False, trace: Trace | None = None):
+        super().__init__(trace)
         self.start = time.perf_counter()
         self.num_passes = 0
         self.first_frame_s: float | None = None
         self.kept: list[Latents] | None = [] if keep_latents else None
         self.processes: list[Usage] = []
+        self.spans: list[list[Span]] = []
         self._hash = hashlib.sha256()
 
     def passed(self, p: Pass) -> None:
@@ -95,9 +100,9 @@ class Meter(Observer):
         if self.kept is not None:
             self.kept.append(latents.float().cpu())
 
-    def ended(self, processes: list[Usage]) -> None:
-        """Note what each process took."""
-        self.processes = processes
+    def ended(self, processes: list[Usage], spans: list[list[Span]]) -> None:
+        """Note what each process took, and when."""
+        self.processes, self.spans = processes, spans
 
     @property
     def latent_sha256(self) -> str:
@@ -106,7 +111,8 @@ class Meter(Observer):
 
     def metrics(self, run: Run, num_frames: int) -> dict:
         """What `--metrics` holds; lists have an entry per process, or one for this process until all have ended."""
-        this = Usage(idle_fraction=0.0, peak_memory_mb=peak_memory_mb(run.device), bytes_sent=0)
+        this = Usage(idle_fraction=0.0, peak_memory_mb=peak_memory_mb(run.device), bytes_sent=0,
+                     weight_bytes_read=0)  # fmt: skip
         processes = self.processes or [this]
         wall = time.perf_counter() - self.start
         return {

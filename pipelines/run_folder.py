@@ -10,6 +10,7 @@ It appears beside the video when the first frames are due and is removed when th
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,15 +145,18 @@ class Keeping:
             return None
         return snapshot.read(self.folder.snapshots, self.start, part, device, queue)
 
-    def reached(self, plan: Plan, part: snapshot.Part) -> Callable[[Point], None]:
+    def reached(
+        self, plan: Plan, part: snapshot.Part, during: Callable[[str], AbstractContextManager]
+    ) -> Callable[[Point], None]:
         """What to do at each point: leave a snapshot after every so many blocks, and remove old ones."""
         due = self.due(plan)
 
         def leave(point: Point) -> None:
             if point.done in due:
-                snapshot.write(self.folder.snapshots, point, part)
-                if point.queue:
-                    snapshot.drop_old(self.folder.snapshots, self.whole)
+                with during("snapshot"):
+                    snapshot.write(self.folder.snapshots, point, part)
+                    if point.queue:
+                        snapshot.drop_old(self.folder.snapshots, self.whole)
 
         return leave
 

@@ -11,16 +11,23 @@ import torch.distributed as dist
 
 from longvid.checkpoints.diffusers_folder import open_folder
 from longvid.checkpoints.safetensor_files import fingerprint
-from longvid.plan import Plan
-from parallel.execute import Stage, from_all, from_rank_0, make_stage
-from parallel.grid import Grid, make_grid
+from longvid.plan import Plan, make_plan
+from parallel.cost import memory
+from parallel.execute import Stage, from_all, from_rank, make_stage
+from parallel.grid import Grid
 from parallel.launch import Launch, join
+from parallel.layout import Layout, fastest, possible_grids
 from parallel.snapshot import part_of
+from parallel.split import split_layers
+from pipelines.calibrate import measured_costs, shape_of
 from pipelines.configure import Run
 from pipelines.extend import Extension, extend
 from pipelines.generate import Observer, generate
 from pipelines.record import Outputs
 from pipelines.run_folder import Keeping, RunFolder, check_same, newest
+
+JUDGED = 120
+"""Latents by which a layout is judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +55,44 @@ class Task:
         return replace(self, request=run if isinstance(self.request, Run) else replace(self.request, run=run))
 
 
-def grid_of(world_size: int, run: Run, *, cfg_parallel: bool) -> Grid:
-    """The layout of so many processes for a run. Raises ValueError as `make_grid` does."""
+def grids_of(world_size: int, run: Run, *, cfg_parallel: bool | None) -> list[Grid]:
+    """The grids that so many processes can form for a run. Raises ValueError as `possible_grids` does."""
     num_layers = open_folder(run.model).transformer["num_layers"]
     has_guidance = run.method.num_lanes > 1
-    return make_grid(world_size, has_guidance=has_guidance, num_layers=num_layers, cfg_parallel=cfg_parallel)
+    return possible_grids(world_size, has_guidance=has_guidance, num_layers=num_layers, cfg_parallel=cfg_parallel)
 
 
-def check_gpus(how: Launch, run: Run) -> None:
-    """Raise ValueError if this machine has fewer GPUs than processes that each take one."""
+def layout_of(grids: list[Grid], run: Run, *, whole: bool) -> Layout:
+    """The fastest of these grids by costs measured now, on this process's device; links count as free.
+
+    It is judged by the beginning of the video, which is like the rest, unless the `whole` timeline is wanted.
+    """
+    plan = run.plan() if whole else make_plan(run.method, min(run.num_latents, JUDGED))
+    costs = measured_costs(run, plan, latency=0.0, bandwidth=float("inf"), repeats=1)
+    return fastest(plan, grids, costs, shape_of(run))
+
+
+def check_memory(grids: list[Grid], run: Run, available: int) -> None:
+    """Raise ValueError if no grid's processes have room for weights, features and activations in so many bytes."""
+    plan, shape, least = run.plan(), shape_of(run), None
+    for grid in grids:
+        layers = split_layers([1.0] * shape.num_layers, grid.num_stages)
+        needed = max(memory(plan, grid, layers, shape), key=lambda parts: sum(parts.values()))
+        least = min(least or needed, needed, key=lambda parts: sum(parts.values()))
+    if sum(least.values()) > available:
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in least.items())
+        raise ValueError(f"a process needs {sum(least.values()) / 2**30:.1f} GiB ({parts}) and its GPU has "
+                         f"{available / 2**30:.1f}; use more processes (--nproc), smaller --height and --width, fewer "
+                         "steps, or --dtype bfloat16")  # fmt: skip
+
+
+def check_gpus(how: Launch, run: Run, grids: list[Grid]) -> None:
+    """Raise ValueError if this machine has fewer GPUs than processes that each take one, or too small ones."""
     num_gpus = torch.cuda.device_count()
     if run.device.startswith("cuda") and how.num_processes > num_gpus:
         raise ValueError(f"nproc={how.num_processes} is more than the {num_gpus} GPUs here; use --nproc {num_gpus}")
+    if run.device.startswith("cuda"):
+        check_memory(grids, run, torch.cuda.get_device_properties(run.device).total_memory)
 
 
 def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: Callable[[str], None]) -> Keeping:
@@ -76,13 +109,17 @@ def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: C
 
 
 @contextmanager
-def taken_part(task: Task, *, cfg_parallel: bool) -> Iterator[tuple[Task, Stage]]:
-    """This process as one of several: the task as rank 0 has it, on this process's device, and its place."""
+def taken_part(task: Task, *, cfg_parallel: bool | None, whole: bool) -> Iterator[tuple[Task, Stage, Layout]]:
+    """This process as one of several: the task as rank 0 has it, on this process's device, its place, and the layout.
+
+    The last process measures for all: rank 0, the head, is the first to be ready otherwise.
+    """
     with join(task.run.device) as device:
         check_alike(task.run)
-        task = from_rank_0(lambda: task)
-        grid = grid_of(dist.get_world_size(), task.run, cfg_parallel=cfg_parallel)
-        yield task.on(device), make_stage(grid, torch.device(device))
+        task = from_rank(0, lambda: task).on(device)
+        grids = grids_of(dist.get_world_size(), task.run, cfg_parallel=cfg_parallel)
+        layout = from_rank(dist.get_world_size() - 1, lambda: layout_of(grids, task.run, whole=whole))
+        yield task, make_stage(layout.grid, layout.layers, torch.device(device)), layout
 
 
 def check_alike(run: Run) -> None:

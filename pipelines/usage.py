@@ -11,11 +11,12 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """The share of the time that a process waited for others, its peak memory and what it sent to others."""
+    """The share of the time that a process waited for others, its peak memory, what it sent to others, and read."""
 
     idle_fraction: float
     peak_memory_mb: float
     bytes_sent: int
+    weight_bytes_read: int
 
 
 def peak_memory_mb(device: str) -> float:

@@ -5,12 +5,14 @@ knows of a checkpoint (its default method, for one) stands beside them in `longv
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from longvid.checkpoints.safetensor_files import load_into, module_tensors, open_tensors, read_json, save_tensors
 from longvid.models.dit import SKYREELS, WAN, DiT, DiTConfig
@@ -103,6 +105,12 @@ def load_vae(folder: Folder, dtype: torch.dtype, device: torch.device | str = "c
         vae = VAE(config)
     load_into(vae, open_tensors(folder.path / "vae", STEMS["vae"]), dtype=dtype, device=device)
     return vae
+
+
+def stored_bytes(folder: Folder, part: str, module: nn.Module) -> int:
+    """Bytes that the parameters of a network, or of a part of it, take in the folder's files: what is read of them."""
+    files = open_tensors(folder.path / part, STEMS[part])
+    return sum(math.prod(files.shape(name)) * files.dtype(name).itemsize for name in module_tensors(module))
 
 
 def scheduler_config(flow_shift: float) -> dict:

@@ -79,8 +79,8 @@ def main(out: Path, others: Path, cfg_parallel: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     grid = make_grid(dist.get_world_size(), has_guidance=True, num_layers=LAYERS, cfg_parallel=cfg_parallel)
-    stage = make_stage(grid, torch.device("cpu"))
-    layers = split_layers([1.0] * LAYERS, grid.num_stages)[stage.index]
+    stage = make_stage(grid, split_layers([1.0] * LAYERS, grid.num_stages), torch.device("cpu"))
+    layers = stage.layers
     part, size, made = part_of(whole_dit(), layers), (CHANNELS, HEIGHT, WIDTH), {}
     text = texts_of(part, words(0), words(1))
     for name, case in cases().items():

@@ -25,6 +25,7 @@ class Counter(Observer):
     """Counts passes, and blocks as they leave."""
 
     def __init__(self):
+        super().__init__()
         self.passes, self.blocks = 0, []
 
     def passed(self, p):

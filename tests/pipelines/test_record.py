@@ -23,7 +23,7 @@ LONG = 20_001
 """Frames that no run gets to in the time of a test."""
 METRICS = {
     "frames", "seconds_of_video", "wall_s", "first_frame_s", "fps", "passes", "idle_fraction", "peak_memory_mb",
-    "bytes_sent", "latent_sha256", "config",
+    "bytes_sent", "weight_bytes_read", "latent_sha256", "config",
 }  # fmt: skip
 
 

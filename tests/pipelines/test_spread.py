@@ -74,7 +74,7 @@ def test_torchrun_is_a_launcher_too(model, here):
 @pytest.mark.parametrize("num", [3, 0])
 def test_a_process_needs_a_layer(longvid, here, num):
     ran = longvid("generate", "--nproc", num)
-    assert ran.code == 2 and f"nproc={num} makes {num} stages" in ran.err
+    assert ran.code == 2 and f"nproc={num} makes {num} stages" in ran.err, ran.err
     assert len(ran.err.splitlines()) == 1
     assert not list(here.iterdir())
 
@@ -148,10 +148,24 @@ def test_two_machines_make_the_video_of_one(model, here):
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.parametrize("taken", [False, True], ids=["nobody-comes", "port-in-use"])
+def test_machines_that_do_not_meet(model, here, taken):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if taken:
+            other.listen()
+        endpoint = f"127.0.0.1:{other.getsockname()[1] if taken else free_port()}"
+        ran = run(model, "generate", "--nnodes", 2, "--node-rank", 0, "--rdzv-endpoint", endpoint, "--rdzv-timeout", 3,
+                  "--output", here / "x.mp4")  # fmt: skip
+    assert ran.returncode == 2 and f"the 2 machines did not meet at {endpoint} within 3 s" in ran.stderr, ran.stderr
+    assert len(ran.stderr.splitlines()) == 1 and not list(here.iterdir())
+
+
 @pytest.mark.parametrize("words, said", [
     (["--nnodes", 2, "--node-rank", 2, "--rdzv-endpoint", "a:1"], "node_rank=2 of nnodes=2"),
     (["--nnodes", 2, "--node-rank", 0], "must be HOST:PORT"),
     (["--nproc", 2, "--max-restarts", -1], "max_restarts=-1 must be at least 0"),
+    (["--nproc", 2, "--rdzv-timeout", 0], "rdzv_timeout=0 must be at least 1"),
 ])  # fmt: skip
 def test_wrong_ways_to_launch(longvid, here, words, said):
     ran = longvid("generate", *words)

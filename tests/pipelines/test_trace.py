@@ -1,0 +1,56 @@
+"""A trace shows every pass that was planned, on the process that it was planned for."""
+
+from collections import Counter
+
+import pytest
+
+from pipelines.configure import configure
+from pipelines.spread import check_memory, grids_of
+from tests.pipelines.conftest import read_json
+from tests.pipelines.test_spread import run
+
+FEW = ["generate", "--num-frames", 29, "--num-steps", 3, "--threads", 1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--nproc", 1], ["--nproc", 2, "--no-cfg-parallel"], ["--nproc", 2, "--cfg-parallel"]],
+    ids=["one", "stages", "lanes"],
+)
+def test_what_was_done_is_what_was_planned(model, here, words):
+    ran = run(model, *FEW, *words, "--output", here / "v.mp4", "--trace", here / "t.json")
+    assert ran.returncode == 0 and "planned" in ran.stderr, ran.stderr
+    trace, num = read_json(here / "t.json"), words[1]
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    done, planned = ([e for e in events if e["pid"] == side] for side in (0, 1))
+    for name in ("pass", "decode"):
+        counts = [Counter((e["tid"], str(e["args"])) for e in side if e["name"] == name) for side in (done, planned)]
+        assert counts[0] == counts[1] and len(counts[0]) >= 4, name
+    summary = trace["otherData"]
+    assert len(summary["measured_idle"]) == len(summary["planned_idle"]) == num
+    assert all(0 <= idle < 1 for idle in summary["measured_idle"])
+    last = max(e["ts"] + e["dur"] for e in done)
+    assert min(e["ts"] for e in done) == 0 and summary["measured_makespan_s"] == pytest.approx(last / 1e6)
+    for rank in range(num):  # a process does one thing at a time
+        spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in done if e["tid"] == rank)
+        assert all(b[0] >= a[1] - 0.01 for a, b in zip(spans, spans[1:], strict=False))
+
+
+def test_each_process_reads_its_layers_alone(model, here):
+    read = {}
+    for num in (1, 2):
+        out = ["--output", here / f"{num}.mp4", "--metrics", here / f"m{num}.json"]
+        ran = run(model, *FEW, "--nproc", num, "--no-cfg-parallel", *out)
+        assert ran.returncode == 0, ran.stderr
+        read[num] = read_json(here / f"m{num}.json")["weight_bytes_read"]
+    assert all(part < read[1][0] for part in read[2])
+    both_have = sum(read[2]) - read[1][0]
+    assert 0 < both_have < min(read[2]), "only the embedders of time and text are on both"
+
+
+def test_a_model_that_is_too_large_for_the_gpu_is_refused(model):
+    given = configure(model=model, num_frames=29, num_steps=3)
+    grids = grids_of(2, given, cfg_parallel=None)
+    check_memory(grids, given, 2**30)
+    with pytest.raises(ValueError, match=r"a process needs 0\.0 GiB \(weights .*use more processes"):
+        check_memory(grids, given, 1000)
