@@ -8,13 +8,15 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from parallel.heartbeat import heartbeat
 
 SHUTDOWN_S = 5
 """Seconds that processes have to end by themselves once one of them has failed."""
@@ -102,10 +104,11 @@ def threads_each(num_processes: int) -> int:
 
 
 @contextmanager
-def join(device: str):
+def join(device: str, lost: Callable[[str], None]):
     """The process group of all processes, for as long as the context lasts; yields this process's device.
 
-    gloo on a CPU, NCCL on GPUs, of which each process takes the one of its place on the machine.
+    gloo on a CPU, NCCL on GPUs, of which each process takes the one of its place on the machine. `lost` is as in
+    `parallel.heartbeat`.
     """
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -117,6 +120,7 @@ def join(device: str):
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_processes, timeout=timeout)
     try:
-        yield device
+        with heartbeat(store, rank, num_processes, lost):
+            yield device
     finally:
         dist.destroy_process_group()

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -159,6 +160,32 @@ def _plan_grid(options, run, plan) -> int:
     return print_lines([json.dumps(found)] if options.json else grid_text(found))
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from pipelines.bench import TABLE, bench, cases, compare, read
+
+    if options.what == "compare":
+        if len(options.folders) != 2:
+            raise ValueError(f"compare takes two folders, not {len(options.folders)}: before and after")
+        return print_lines(compare(*(read(Path(folder)) for folder in options.folders)))
+    if options.folders or not options.out:
+        raise ValueError("say where results go: longvid bench --out DIR")
+    layouts = {"fastest": None, "lanes": True, "stages": False}
+    asked = {name: value.split(",") if value else [None] for name, value in
+             (("models", options.model), ("methods", options.method), ("layouts", options.layout))}  # fmt: skip
+    if unknown := [name for name in asked["layouts"] if name not in layouts]:
+        raise ValueError(f"layout {unknown[0]!r} is unknown; use stages, lanes or fastest")
+    if not all(num.isdigit() and int(num) for num in options.nproc.split(",")):
+        raise ValueError(f"nproc={options.nproc} must be numbers of at least 1, such as 1,2,4")
+    asked["layouts"] = [layouts[name] for name in asked["layouts"]]
+    found = cases(**asked, nprocs=[int(num) for num in options.nproc.split(",")], threads=options.threads,
+                  words=shlex.split(options.generate))  # fmt: skip
+    out = Path(options.out)
+    for record in bench(found, out, repeats=options.repeats, warm_up=not options.no_warm_up):
+        metrics = record["metrics"]
+        print(f"{record['case']['name']}: {record['process_s']:.2f} s, {metrics['fps']:.1f} frames/s", file=sys.stderr)
+    return print_lines((out / TABLE).read_text().splitlines())
+
+
 def _train(options: argparse.Namespace) -> int:
     use_threads(options.threads)
     from pipelines.train import train
@@ -176,6 +203,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": _generate,
     "extend": _extend,
     "plan": _plan,
+    "bench": _bench,
     "train": _train,
 }
 

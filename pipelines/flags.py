@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """All commands and their flags."""
     top = Parser(prog="longvid", description="Minutes of video from a prompt: rolling block-wise denoising.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="generate | extend | plan | train")
+    commands = top.add_subparsers(dest="command", required=True, metavar="generate | extend | plan | bench | train")
     generate = commands.add_parser("generate", help="make a video from a prompt")
     generate.add_argument("--image", metavar="F", help="a picture that the video starts from (PNG, JPEG, WebP)")
     generate.add_argument("--resume", metavar="DIR", help="go on with a run that was cut, generate or extend; of other "
@@ -34,6 +34,9 @@ def parser() -> Parser:
         _add_video_flags(command)
     for command in (generate, extend):
         _add_output_flags(command)
+    _add_bench_flags(
+        commands.add_parser("bench", help="measure speed and memory of many cases, or compare two results")
+    )
     _add_train_flags(commands.add_parser("train", help="train the embedded model, part by part"))
     return top
 
@@ -111,6 +114,23 @@ def _add_grid_flags(plan: argparse.ArgumentParser) -> None:
     grid.add_argument("--link-gbps", type=float, metavar="B", help="gigabits per second (default: no limit)")
     grid.add_argument("--chart", metavar="F", help="process against time, coloured by block, PNG")
     grid.add_argument("--threads", type=int, metavar="N", help="CPU threads for --calibrate")
+
+
+def _add_bench_flags(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("what", nargs="?", choices=["run", "compare"], default="run",
+                       help="run a sweep (default), or compare two folders of results")  # fmt: skip
+    bench.add_argument("folders", nargs="*", metavar="DIR", help="compare: the one before and the one after")
+    bench.add_argument("--out", metavar="DIR", help="run: where results.jsonl, table.md, videos and traces go")
+    sweep = bench.add_argument_group("the sweep: every combination of these, each separated by commas")
+    sweep.add_argument("--model", metavar="M,...", help="model folders (default: the model in the box)")
+    sweep.add_argument("--method", metavar="NAME,...", help="methods (default: the model's)")
+    sweep.add_argument("--nproc", metavar="N,...", default="1", help="processes (default: 1)")
+    sweep.add_argument("--layout", metavar="L,...", default="fastest", help="stages, lanes (of guidance) or fastest")
+    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads of each process")
+    bench.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs of each case (default: 3)")
+    bench.add_argument("--no-warm-up", action="store_true", help="count the first run of each case, too")
+    bench.add_argument("--generate", metavar="FLAGS", default="--seconds 10 --seed 0",
+                       help="flags of generate for all cases (default: %(default)s)")  # fmt: skip
 
 
 def _add_train_flags(train: argparse.ArgumentParser) -> None:

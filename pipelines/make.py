@@ -87,7 +87,11 @@ def make(options, request, run, *, num_frames: int, source: Path | None, notes: 
                 return _carry_out(options, task, described, num_frames, planned=planned)
             command = options.words if options.goes_on else _whole_command(options, task)
             return launch("pipelines.cli", command, how)
-    with taken_part(task, cfg_parallel=options.cfg_parallel, whole=bool(outputs.trace)) as (task, stage, layout):
+    with taken_part(task, cfg_parallel=options.cfg_parallel, whole=bool(outputs.trace), lost=_give_up) as (
+        task,
+        stage,
+        layout,
+    ):
         if not stage.is_head:
             return _work(task, stage)
         if not options.quiet:
@@ -95,6 +99,12 @@ def make(options, request, run, *, num_frames: int, source: Path | None, notes: 
         if not goes_on:
             task.outputs.check(num_frames, run.height, run.width, source=source)
         return _carry_out(options, task, described, num_frames, stage, planned=layout.planned)
+
+
+def _give_up(why: str) -> None:
+    """End at once, though the main thread waits for what will not come; the file so far plays."""
+    print(f"longvid failed: {why}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _how(options):

@@ -83,7 +83,7 @@ class Meter(Observer):
         super().__init__(trace)
         self.start = time.perf_counter()
         self.num_passes = 0
-        self.first_frame_s: float | None = None
+        self.written: list[tuple[float, int]] = []
         self.kept: list[Latents] | None = [] if keep_latents else None
         self.processes: list[Usage] = []
         self.spans: list[list[Span]] = []
@@ -99,6 +99,20 @@ class Meter(Observer):
         self._hash.update(by_latent.numpy().tobytes())
         if self.kept is not None:
             self.kept.append(latents.float().cpu())
+
+    def wrote(self, num_frames: int) -> None:
+        """Note that so many frames are in the file now."""
+        self.written.append((time.perf_counter() - self.start, num_frames))
+
+    def _pace(self) -> dict[str, float | None]:
+        """Time between writes, and the rate after the first; None if there was one alone."""
+        if len(self.written) < 2:
+            return {"block_p50_s": None, "block_p95_s": None, "steady_fps": None}
+        moments, counts = np.array(self.written).T
+        gaps = np.diff(moments)
+        steady = (counts[-1] - counts[0]) / (moments[-1] - moments[0])
+        return {"block_p50_s": float(np.median(gaps)), "block_p95_s": float(np.quantile(gaps, 0.95)),
+                "steady_fps": float(steady)}  # fmt: skip
 
     def ended(self, processes: list[Usage], spans: list[list[Span]]) -> None:
         """Note what each process took, and when."""
@@ -119,8 +133,9 @@ class Meter(Observer):
             "frames": num_frames,
             "seconds_of_video": num_frames / run.fps,
             "wall_s": wall,
-            "first_frame_s": self.first_frame_s,
+            "first_frame_s": self.written[0][0] if self.written else None,
             "fps": num_frames / wall,
+            **self._pace(),
             "passes": self.num_passes,
             **{f.name: [getattr(usage, f.name) for usage in processes] for f in fields(Usage)},
             "latent_sha256": self.latent_sha256,
@@ -182,8 +197,8 @@ def record(
         with writer:
             for block in frames:
                 writer.write(block)
-                if meter.first_frame_s is None:
-                    meter.first_frame_s = time.perf_counter() - meter.start
+                meter.wrote(writer.num_frames)
+                if len(meter.written) == 1:
                     _write_sidecar(run, meter, outputs, writer.num_frames, {**notes, "ended": "unfinished"})
                 sheet.add(block)
                 yield writer.num_frames

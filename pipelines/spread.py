@@ -109,12 +109,14 @@ def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: C
 
 
 @contextmanager
-def taken_part(task: Task, *, cfg_parallel: bool | None, whole: bool) -> Iterator[tuple[Task, Stage, Layout]]:
+def taken_part(
+    task: Task, *, cfg_parallel: bool | None, whole: bool, lost: Callable[[str], None]
+) -> Iterator[tuple[Task, Stage, Layout]]:
     """This process as one of several: the task as rank 0 has it, on this process's device, its place, and the layout.
 
     The last process measures for all: rank 0, the head, is the first to be ready otherwise.
     """
-    with join(task.run.device) as device:
+    with join(task.run.device, lost) as device:
         check_alike(task.run)
         task = from_rank(0, lambda: task).on(device)
         grids = grids_of(dist.get_world_size(), task.run, cfg_parallel=cfg_parallel)

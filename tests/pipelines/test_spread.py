@@ -1,12 +1,14 @@
 """Commands on several processes: the same video, nothing left running, and one line for what is wrong."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,6 +148,81 @@ def test_two_machines_make_the_video_of_one(model, here):
     assert said[0][0].strip() == str(here / "both.mp4") and said[1][0] == ""
     hashes = [read_json(here / name)["metrics"]["latent_sha256"] for name in ("alone.json", "both.json")]
     assert hashes[0] == hashes[1]
+
+
+def wait_for(path, seconds=60):
+    """Until a file is there."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.05)
+
+
+def test_a_process_that_hangs_ends_all(model, here):
+    """No connection is closed: only the beats stop."""
+    words = command(model, "generate", "--nproc", 2, "--threads", 1, "--num-frames", 40001, "--output", here / "k.mp4")
+    child = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(here / "k.json")
+        workers = workers_of(child.pid)
+        os.kill(workers[1], signal.SIGSTOP)
+        err = child.communicate(timeout=30)[1]
+    finally:
+        child.kill()
+    assert child.returncode == 1 and "nothing was heard of the process of rank 1" in err and "Traceback" not in err, err
+    assert "go on with: longvid generate --resume" in err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers), "nothing is left running"
+    assert len(load(here / "k.mp4")) >= 1
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a cable between them: commands to run in each, and one to cut the cable."""
+    name = f"lv{secrets.token_hex(2)}"
+    hosts = [f"{name}a", f"{name}b"]
+    steps = [["netns", "add", host] for host in hosts]
+    steps.append(["link", "add", f"{name}x", "netns", hosts[0], "type", "veth", "peer", f"{name}x", "netns", hosts[1]])
+    for place, host in enumerate(hosts, 1):
+        inside = ["netns", "exec", host, "ip"]
+        steps += [[*inside, "addr", "add", f"10.77.0.{place}/24", "dev", f"{name}x"],
+                  [*inside, "link", "set", f"{name}x", "up"], [*inside, "link", "set", "lo", "up"]]  # fmt: skip
+    try:
+        for step in steps:
+            try:
+                subprocess.run(["ip", *step], check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"no network namespaces here: {error}")
+        yield SimpleNamespace(
+            inside=[["ip", "netns", "exec", host] for host in hosts], address="10.77.0.1", interface=f"{name}x",
+            cut=["ip", "netns", "exec", hosts[1], "ip", "link", "set", f"{name}x", "down"],
+        )  # fmt: skip
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host], check=False, capture_output=True)
+
+
+def test_machines_whose_link_is_cut_both_end(model, here, two_hosts):
+    words = ["generate", "--num-frames", 40001, "--threads", 1, "--nnodes", 2, "--output", here / "v.mp4",
+             "--rdzv-endpoint", f"{two_hosts.address}:29477"]  # fmt: skip
+    environment = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": two_hosts.interface, "TP_SOCKET_IFNAME": two_hosts.interface}
+    machines = [
+        subprocess.Popen([*two_hosts.inside[rank], *command(model, *words, "--node-rank", rank)], env=environment,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        wait_for(here / "v.json")
+        subprocess.run(two_hosts.cut, check=True)
+        start = time.monotonic()
+        said = [machine.communicate(timeout=60)[1] for machine in machines]
+        assert time.monotonic() - start < 30
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [1, 1], said
+    assert all("nothing was heard of the process of rank" in err for err in said), said
+    assert f"go on with: longvid generate --resume {here / 'v.run'}" in said[0]
+    assert len(load(here / "v.mp4")) >= 1
 
 
 @pytest.mark.parametrize("taken", [False, True], ids=["nobody-comes", "port-in-use"])
