@@ -3,7 +3,8 @@
 The head (the last stage of lane 0) holds latents, noise and solver state. It hands the first stage of each lane the
 latents of a pass as soon as every earlier pass that changes them is done; hidden states go from stage to stage, the
 velocity of another lane back to the head; features never leave their process. What is sent, and in which order, follows
-from the plan alone, so each edge is first in, first out. It computes what `longvid.sampler.sample` computes, to the
+from the plan alone, so each edge is first in, first out; a pass that comes tells that all which had to be done before
+its latents could be taken has arrived everywhere. It computes what `longvid.sampler.sample` computes, to the
 bit: only where a layer runs differs.
 """
 
@@ -61,6 +62,11 @@ class Stage:
         return sum(link.num_bytes for link in {id(link): link for link in (self.target, *self.feeds)}.values())
 
     @property
+    def num_held(self) -> int:
+        """Tensors held for one of its links, at most, since they may be under way."""
+        return max(link.num_held for link in (self.target, *self.feeds))
+
+    @property
     def waited_s(self) -> float:
         """Seconds spent waiting for other processes."""
         return sum(link.waited_s for link in (self.source, *self.answers))
@@ -91,7 +97,7 @@ def make_stage(grid: Grid, layers: Sequence[range], device: torch.device) -> Sta
     for link in receivers.values():
         link.expect([((1,), torch.float32)])
     for link in senders.values():
-        link.send(torch.zeros(1, device=device))
+        link.send(torch.zeros(1, device=device), 0, -1)
     for link in receivers.values():
         link.receive()
         link.waited_s = 0.0
@@ -167,7 +173,7 @@ def carry_out(
         queue = Queue(plan, noise, device, ready) if stage.is_head else None
         start = Point(done=0, cache=Cache(), queue=queue)
     _expect(plan, part, stage, size, start.done)
-    cache, queue = start.cache, start.queue
+    cache, queue, order = start.cache, start.queue, feeding_order(plan)
     head = _Head(plan, queue, stage, start.done) if queue else None
     for i, p in enumerate(plan.passes[start.done :], start.done):
         if stage.runs(p):
@@ -176,7 +182,7 @@ def carry_out(
                 context = cache.context(p)
                 y, features = part(x, timesteps_of(p, device), text(p), context, fps=fps, keep=bool(p.writes))
                 cache = cache.after(p, features)
-            stage.target.send(y)
+            stage.target.send(y, i, order[i])
             del x, y, features, context
         if head or stage.runs(p):
             observe(p)
@@ -213,7 +219,7 @@ class _Head:
         """Send what may go now that the passes up to `done` are complete."""
         while self.next < len(self.after) and self.after[self.next] <= done:
             p, feeds = self.plan.passes[self.next], self.stage.feeds
-            feeds[p.lane if len(feeds) > 1 else 0].send(self.queue.gather(p))
+            feeds[p.lane if len(feeds) > 1 else 0].send(self.queue.gather(p), self.next, done)
             self.next += 1
 
 

@@ -8,11 +8,14 @@ import numpy as np
 import torch
 
 from longvid.checkpoints.diffusers_folder import load_dit, load_vae, open_folder
+from longvid.flow import guide, solver_step
 from longvid.models.attention import KV
-from longvid.models.cache import Context
+from longvid.models.cache import Cache, Entry
 from longvid.models.dit import DiT
 from longvid.models.vae import VAEConfig
+from longvid.passes import Pass
 from longvid.plan import Plan
+from longvid.sampler import timesteps_of
 from parallel.cost import Costs, ModelShape
 from pipelines.configure import Run
 
@@ -37,34 +40,48 @@ def shape_of(run: Run) -> ModelShape:
 def measured_costs(run: Run, plan: Plan, *, latency: float, bandwidth: float, repeats: int = REPEATS) -> Costs:
     """Costs of the run's model on this machine, with the threads that torch has now; links as given.
 
-    Layers are timed on the plan's shortest and longest pass and one twice as long, without and with the longest
-    context, and the three coefficients fitted to that; the ends are what the end layers take besides. Times are
+    Layers are timed on passes of the plan, their context joined and their features kept as in a run, and the three
+    coefficients fitted to that; the ends are what the end layers take besides, with the solver's step. Times are
     medians of `repeats` calls.
     """
     num_layers = open_folder(run.model).transformer["num_layers"]
     few, more = range(1), range(min(3, num_layers))
     parts = {layers: _part(run, layers) for layers in (few, more, range(num_layers - 1, num_layers))}
-    sizes = [p.num_latents for p in plan.passes]
-    longest = max(p.num_context for p in plan.passes)
-    cases = [(n, c) for n in sorted({min(sizes), max(sizes), 2 * max(sizes)}) for c in sorted({0, longest})]
-    layer, first, last = {}, [], []
-    for n, c in cases:
-        short, long, end = (_time(run, _forward(part, run, n, c), repeats) for part in parts.values())
-        layer[n, c] = max((long - short) / (len(more) - 1), 1e-9) if len(more) > 1 else short
-        first.append(max(0.0, short - layer[n, c]) / n)
-        last.append(max(0.0, end - layer[n, c]) / n)
-    fixed, per_latent, per_pair = _fit(cases, [layer[case] for case in cases])
+    shown = _shown(plan)
+    layer, first, last = [], [], []
+    for p in shown:
+        short, long, end = (_time(run, _forward(part, run, p), repeats) for part in parts.values())
+        layer.append(max((long - short) / (len(more) - 1), 1e-9) if len(more) > 1 else short)
+        first.append(max(0.0, short - layer[-1]) / p.num_latents)
+        last.append(max(0.0, end - layer[-1]) / p.num_latents)
+    fixed, per_latent, per_pair = _fit([(p.num_latents, p.num_context) for p in shown], layer)
+    step = _step_time(run, plan, repeats) / plan.method.num_lanes
     return Costs(fixed=fixed, per_latent=per_latent, per_pair=per_pair, first=statistics.median(first),
-                 last=statistics.median(last), decode=_decode_time(run, repeats), latency=latency,
+                 last=statistics.median(last) + step, decode=_decode_time(run, repeats), latency=latency,
                  bandwidth=bandwidth)  # fmt: skip
 
 
+def _shown(plan: Plan) -> list[Pass]:
+    """Passes to time: of the three most common sizes, and of the least and greatest latents and contexts."""
+    kinds: dict[tuple[int, int], list[Pass]] = {}
+    for p in plan.passes:
+        kinds.setdefault((p.num_latents, p.num_context), []).append(p)
+    common = sorted(kinds, key=lambda kind: -len(kinds[kind]))[:3]
+    extremes = [choose(kinds, key=key) for choose in (min, max) for key in (lambda k: k, lambda k: k[::-1])]
+    return [kinds[kind][0] for kind in dict.fromkeys([*common, *extremes])]
+
+
 def _fit(cases: list[tuple[int, int]], times: list[float]) -> tuple[float, ...]:
-    """Coefficients of `fixed + per_latent n + per_pair n (n + c)`, none negative, least in relative error."""
-    rows = np.array([[1, n, n * (n + c)] for n, c in cases], float) / np.array(times)[:, None]
+    """Coefficients of `fixed + per_latent n + per_pair n (n + c)`, none negative, least in relative error.
+
+    The first case is the most common one, and counts as much as all others.
+    """
+    weights = np.ones(len(cases))
+    weights[0] = max(1, len(cases) - 1)
+    rows = weights[:, None] * np.array([[1, n, n * (n + c)] for n, c in cases], float) / np.array(times)[:, None]
     used = [0, 1, 2]
     while True:
-        found = np.linalg.lstsq(rows[:, used], np.ones(len(cases)), rcond=None)[0]
+        found = np.linalg.lstsq(rows[:, used], weights, rcond=None)[0]
         if (found >= 0).all() or len(used) == 1:
             break
         used.pop(int(found.argmin()))
@@ -77,21 +94,45 @@ def _part(run: Run, layers: range) -> DiT:
     return load_dit(open_folder(run.model), getattr(torch, run.dtype), run.device, layers).eval()
 
 
-def _forward(part: DiT, run: Run, num_latents: int, num_context: int) -> Callable[[], object]:
-    """A forward of some layers over random latents (or hidden states) that see random features."""
-    config, shape = part.config, shape_of(run)
-    factor = VAEConfig.from_dict(open_folder(run.model).vae).spatial_factor
-    height, width = run.height // factor, run.width // factor
+def _forward(part: DiT, run: Run, p: Pass) -> Callable[[], object]:
+    """A pass through some layers over random latents (or hidden states) and a cache of random features."""
+    config, (channels, height, width) = part.config, _latent_size(run)
+    _, patch_height, patch_width = config.patch_size
     new = lambda *sizes: torch.randn(sizes, device=run.device).to(part.proj_dtype)  # noqa: E731
-    x = new(1, config.in_channels, num_latents, height, width)
+    x = new(1, channels, p.num_latents, height, width)
     if not part.is_first:
-        x = new(1, num_latents, height // config.patch_size[1], width // config.patch_size[2], config.dim)
-    heads = (config.num_attention_heads, config.attention_head_dim)
-    kv = KV(*(new(1, num_context, shape.tokens_per_latent, *heads) for _ in range(2)))
-    context = Context(dict.fromkeys(part.layers, kv) if num_context else {})
-    text = part.text_features(new(1, TEXT_TOKENS, config.text_dim))
-    timesteps = torch.full((1, num_latents), 500.0, device=run.device)
-    return lambda: part(x, timesteps, text, context)
+        x = new(1, p.num_latents, height // patch_height, width // patch_width, config.dim)
+    heads = (height // patch_height * (width // patch_width), config.num_attention_heads, config.attention_head_dim)
+    entries = {}
+    for piece in p.before + p.after:
+        kv = KV(*(new(1, piece.stop - piece.start, *heads) for _ in range(2)))
+        entries[piece.block, p.lane] = Entry(piece.step, piece.start, dict.fromkeys(part.layers, kv))
+    cache, text = Cache(entries), part.text_features(new(1, TEXT_TOKENS, config.text_dim))
+    timesteps = timesteps_of(p, torch.device(run.device))
+
+    def forward() -> Cache:
+        _, features = part(x, timesteps, text, cache.context(p), keep=bool(p.writes))
+        return cache.after(p, features)
+
+    return forward
+
+
+def _step_time(run: Run, plan: Plan, repeats: int) -> float:
+    """Seconds for a latent of a guided solver step."""
+    method, levels = plan.method, plan.schedule.levels
+    x, velocity, fresh = (torch.randn(1, *_latent_size(run)[:1], 8, *_latent_size(run)[1:], device=run.device)
+                          for _ in range(3))  # fmt: skip
+    _, state = solver_step(method.solver, x, velocity, None, levels, 0, fresh if len(levels) > 2 else None)
+    if method.num_steps < 3:
+        return 0.0
+    step = lambda: solver_step(method.solver, x, guide(velocity, x, 2.0), state, levels, 1, fresh)  # noqa: E731
+    return _time(run, step, repeats) / x.shape[2]
+
+
+def _latent_size(run: Run) -> tuple[int, int, int]:
+    folder = open_folder(run.model)
+    factor = VAEConfig.from_dict(folder.vae).spatial_factor
+    return folder.transformer["in_channels"], run.height // factor, run.width // factor
 
 
 def _decode_time(run: Run, repeats: int) -> float:

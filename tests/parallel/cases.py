@@ -92,12 +92,14 @@ def main(out: Path, others: Path, cfg_parallel: bool) -> None:
         lanes = range(case.plan.method.num_lanes) if stage.lane is None else [stage.lane]
         kept = snapshot.part_of(layers, lanes)
         leave = partial(snapshot.write, out / "snapshots" / name, part=kept)
-        blocks = dict(carry_out(case.plan, part, stage, text, noise, size, reached=leave, **common))
+        held = []
+        blocks = dict(carry_out(case.plan, part, stage, text, noise, size, reached=leave,
+                                observe=lambda p, held=held: held.append(stage.num_held), **common))  # fmt: skip
         sent = stage.num_bytes - before
         start = snapshot.read(others / name, middle(others / name, case), kept, torch.device("cpu"),
                               (case.plan, noise) if stage.is_head else None)  # fmt: skip
         rest = dict(carry_out(case.plan, part, stage, text, noise, size, start=start, **common))
-        made[name] = {"blocks": blocks, "bytes": sent, "rest": rest}
+        made[name] = {"blocks": blocks, "bytes": sent, "held": max(held), "rest": rest}
     torch.save(made, out / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -100,6 +100,17 @@ def test_only_latents_velocities_and_hidden_states_are_sent(group):
             assert found[name]["bytes"] == expected, (name, rank)
 
 
+def test_nothing_is_held_that_has_arrived(group):
+    """However long a video, a process holds what may be under way at once and no more."""
+    lengths = []
+    for found in group.made:
+        for name, of_case in found.items():
+            ahead = max(i - done for i, done in enumerate(feeding_order(CASES[name].plan)))
+            assert of_case["held"] <= ahead, name
+            lengths.append(len(CASES[name].plan.passes) / ahead)
+    assert max(lengths) > 3, "some videos are much longer than what is under way"
+
+
 def resumed(name, folder):
     """What one process makes of a case from the midst of a run on."""
     case = CASES[name]
