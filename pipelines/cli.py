@@ -192,7 +192,7 @@ def _train(options: argparse.Namespace) -> int:
 
     given = {name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate")}
     for line in train(options.part, Path(options.out), seed=options.seed, resume=options.resume,
-                      model=Path(options.model) if options.model else None,
+                      model=Path(options.model) if options.model else None, compile=options.compile,
                       **{name: value for name, value in given.items() if value is not None}):  # fmt: skip
         print(json.dumps(line))
         sys.stdout.flush()

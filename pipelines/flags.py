@@ -141,6 +141,7 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
     train.add_argument("--batch-size", type=int, metavar="N")
     train.add_argument("--learning-rate", type=float, metavar="R")
     train.add_argument("--seed", type=int, default=0, metavar="N")
+    train.add_argument("--compile", action="store_true", help="dit: compile its layers for faster steps")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     train.add_argument("--model", metavar="DIR", help="pack: the model folder to write")
     train.add_argument("--threads", type=int, metavar="N")

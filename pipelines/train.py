@@ -42,6 +42,7 @@ def train(
     steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    compile: bool = False,
 ) -> Iterator[dict]:
     """Run one part, yielding its log records.
 
@@ -72,7 +73,7 @@ def train(
         records = train_text(TextTraining(loop=loop), resume=resume)
     else:
         sets = {films.name: FilmLatents(out / "latents", seed, films) for films in FILM_SETS}
-        records = train_dit(DiTTraining(loop=loop), sets, load_text(out), resume=resume)
+        records = train_dit(DiTTraining(loop=loop, compile=compile), sets, load_text(out), resume=resume)
     for record in records:
         if part in record:
             _save_part(part, record[part], loop.out)

@@ -39,7 +39,8 @@ class DiTTraining:
     """Shares are of batches, except `start_share` and `drop_text`, which are of clips.
 
     `loop.batch_size` counts long clips; batches of pictures and of openings hold four times as many films, for about
-    as much work. `start_share` of the long clips have no clean block.
+    as much work. `start_share` of the long clips have no clean block. With `compile` layers are compiled, once for each
+    shape of batch: a minute at the start (a C++ compiler is needed), and faster steps.
     """
 
     loop: LoopConfig
@@ -52,6 +53,7 @@ class DiTTraining:
     start_share: float = 0.3
     drop_text: float = 0.1
     worst_context: float = 0.1
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +171,10 @@ def train_dit(
     torch.manual_seed(config.loop.seed)
     dit = DiT(TINY_DIT)
     _start_at_zero(dit)
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 64
+        for layer in dit.blocks.values():
+            layer.compile(dynamic=False)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((config.loop.seed, step))

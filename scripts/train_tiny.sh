@@ -8,7 +8,9 @@ install "" run
 out="${1:?give a folder for checkpoints, such as /tmp/tiny}"
 # Large tensors come and go in each step: keep glibc from giving their pages back (1.5x faster steps).
 export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=200000000
+compile=""
+if command -v g++ >/dev/null; then compile="--compile"; fi
 for part in vae text latents dit; do
-    "$bin/longvid" train "$part" --out "$out" --resume
+    "$bin/longvid" train "$part" --out "$out" --resume $compile
 done
 "$bin/longvid" train pack --out "$out" --model "$out/tiny"

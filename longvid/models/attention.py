@@ -60,14 +60,30 @@ def rotation(num_latents: int, height: int, width: int, head_dim: int, device: t
 
 
 def rotate(x: Tensor, turn: Rotation, start: int = 0) -> Tensor:
-    """Turn each pair of neighbouring features of `x` (b, tokens, n, d) by the angle of token `start + its index`."""
+    """Turn each pair of neighbouring features of `x` (b, tokens, n, d) by the angle of token `start + its index`.
+
+    In training without complex numbers, which compilers cannot fuse and whose gradients are slow.
+    """
     stop = start + x.shape[1]
+    if x.requires_grad:
+        cos, sin = turn.cos[start:stop], turn.sin[start:stop]
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     turned = pairs * torch.complex(turn.cos[start:stop], turn.sin[start:stop])
     return torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention; all (b, tokens, n, d). A boolean `mask` (queries, keys) is for training only."""
+    """Softmax attention; all (b, tokens, n, d). A boolean `mask` (queries, keys) is for training only.
+
+    Trained on a CPU it is written out: the gradient of the fused kernel is slow there.
+    """
     heads_first = [rearrange(x, "b l n d -> b n l d") for x in (query, keys, values)]
+    if query.requires_grad and query.device.type == "cpu":
+        q, k, v = heads_first
+        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return rearrange(scores.softmax(-1).to(v.dtype) @ v, "b n l d -> b l n d")
     return rearrange(F.scaled_dot_product_attention(*heads_first, attn_mask=mask), "b n l d -> b l n d")

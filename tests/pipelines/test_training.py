@@ -1,5 +1,6 @@
 """Each part of the embedded model's recipe, a few steps of it, on shapes as small as they go."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -171,3 +172,18 @@ def test_captions_and_labels_agree():
     assert len(captions) == 8 and set(labels) == set(worlds.ATTRIBUTES)
     for i, caption in enumerate(captions):
         assert worlds.ATTRIBUTES["colour_1"][labels["colour_1"][i]] in caption.lower()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+def test_compiled_training_is_training(tmp_path, monkeypatch):
+    """The same losses, step by step, and weights that load without compiling."""
+    small = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16, "num_layers": 1, "text_dim": 8}
+    monkeypatch.setattr(train_dit, "TINY_DIT", replace(TINY_DIT, **small))
+    texts = lambda *captions: torch.randn(len(captions), 5, 8, generator=torch.Generator().manual_seed(2))  # noqa: E731
+    losses = []
+    for compiled in (False, True):
+        config = DiTTraining(loop=loop(tmp_path / str(compiled), log_every=1), picture_share=1.0, compile=compiled)
+        *records, last = train_dit.train_dit(config, SETS, texts)
+        losses.append([record["loss"] for record in records])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(losses[0]) == 2
+    DiT(train_dit.TINY_DIT).load_state_dict(last["dit"].state_dict())

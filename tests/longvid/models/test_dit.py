@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from longvid.models.attention import KV
+from longvid.models.attention import KV, attend, rotate, rotation
 from longvid.models.cache import Context
 from longvid.models.dit import SKYREELS, WAN, DiT, DiTConfig
 
@@ -107,3 +107,28 @@ def test_features_after_are_the_same_as_a_longer_window():
 def test_a_config_that_is_not_honoured_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
         DiTConfig.from_dict({**SHAPE, "_class_name": WAN, **change})
+
+
+def test_attention_in_training_is_that_of_inference():
+    """Both ways to turn and to attend, and their gradients, with and without a mask."""
+    torch.manual_seed(0)
+    turn = rotation(3, 2, 2, 16, torch.device("cpu"))
+    query, keys, values = (torch.randn(2, 12, 3, 16, dtype=torch.float64).float() for _ in range(3))
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()
+    for given in (None, mask):
+        outs, grads = [], []
+        for trained in (False, True):
+            inputs = [x.clone().requires_grad_(trained) for x in (query, keys, values)]
+            out = attend(rotate(inputs[0], turn), rotate(inputs[1], turn), inputs[2], given)
+            outs.append(out.detach())
+            if trained:
+                grads = torch.autograd.grad(out.square().sum(), inputs)
+        torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-6)
+        step, ways = 1e-2, [torch.randn_like(x) for x in (query, keys, values)]
+        sums = []
+        for sign in (1, -1):
+            moved = [x + sign * step * way for x, way in zip((query, keys, values), ways, strict=True)]
+            out = attend(rotate(moved[0], turn), rotate(moved[1], turn), moved[2], given)
+            sums.append(out.double().square().sum())
+        slope = sum((grad * way).sum() for grad, way in zip(grads, ways, strict=True))
+        assert abs((sums[0] - sums[1]) / (2 * step) - slope) < 2e-2 * abs(slope)
