@@ -109,9 +109,11 @@ def _run(case: Case, out: Path) -> dict:
     if ran.returncode:
         line = (ran.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ChildProcessError(f"longvid {' '.join(words)} ended with {ran.returncode}: {line}")
-    planned = json.loads(files["--trace"].read_text())["otherData"]
-    return {"command": ["longvid", *words], "process_s": seconds,
-            "metrics": json.loads(files["--metrics"].read_text()), "schedule": planned}  # fmt: skip
+    metrics = json.loads(files["--metrics"].read_text())
+    metrics["config"]["model"] = case.model or "embedded"
+    names = [word.removeprefix(f"{out}{os.sep}") for word in words]  # a record tells nothing of this machine's folders
+    return {"command": ["longvid", *names], "process_s": seconds, "metrics": metrics,
+            "schedule": json.loads(files["--trace"].read_text())["otherData"]}  # fmt: skip
 
 
 def hardware() -> dict:

@@ -42,9 +42,11 @@ def killed_and_resumed(folder: Path, chance: random.Random, longest: float) -> s
     start = time.monotonic()
     child.wait(timeout=60)
     took, blocks = time.monotonic() - start, len(list((folder / "v.run" / "clean").glob("*.safetensors")))
-    if (folder / "v.run").exists():
-        subprocess.run([*COMMAND, "--resume", str(folder / "v.run"), "--nproc", str(then), "--quiet"], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    again = ["--resume", str(folder / "v.run"), "--quiet"]
+    if not (folder / "v.run").exists():  # no block was out, and nothing is left to go on with
+        again = [*WORDS, "--output", str(folder / "v.mp4"), "--overwrite"]
+    subprocess.run([*COMMAND, *again, "--nproc", str(then)], check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)  # fmt: skip
     print(f"{num} processes, one killed after {moment:.1f} s with {blocks} blocks out; all ended {took:.1f} s later; "
           f"resumed on {then}", end=": ", flush=True)  # fmt: skip
     return sha(folder)
