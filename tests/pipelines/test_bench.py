@@ -33,6 +33,7 @@ def test_a_sweep_interleaves_and_keeps_everything(swept):
     for record in records:
         for name, of in FIGURES.items():
             assert of(record) >= 0, name
+        assert str(out) not in json.dumps(record), "a record tells nothing of the machine's folders"
         assert record["process_s"] > record["metrics"]["wall_s"] > record["metrics"]["first_frame_s"] > 0
         assert (
             record["hardware"]["cores"]
