@@ -3,9 +3,9 @@
 Three sets, since what is hardest to learn is how a video begins, from nothing but text: pictures (first latents) by
 the ten thousand, openings (a first block and the next) by the thousand, and long films by the hundred.
 
-A long film is stored as the first latents of its video (the sink) and a run of latents from later on. In every second
-film the run follows directly; in the others it is cut out of the film's next minutes, since that is what a model sees
-at inference: the sink, a gap, and the recent past.
+A long film is stored as the first latent of its video (the sink) and a run of latents. In half of the films the run
+follows directly; in the others it is cut out of the film's next minutes, since that is what a model sees at inference:
+the sink, a gap, and the recent past.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,10 @@ from longvid import worlds
 from longvid.captions import caption
 from longvid.models.vae import VAE
 
-SINK = 3
-RUN = 18
+SINK = 1
+BLOCK = 3
+RUN = 15
+CLIP = 3 * BLOCK
 WARM_UP = 2
 FURTHEST = 240
 
@@ -37,9 +39,9 @@ class FilmSet:
     num_latents: int
 
 
-PICTURES = FilmSet(name="pictures", first=100_000, num_films=20_000, num_latents=1)
-OPENINGS = FilmSet(name="openings", first=200_000, num_films=7_000, num_latents=4)
-LONG = FilmSet(name="long", first=0, num_films=3_000, num_latents=SINK + RUN)
+PICTURES = FilmSet(name="pictures", first=100_000, num_films=60_000, num_latents=1)
+OPENINGS = FilmSet(name="openings", first=200_000, num_films=10_000, num_latents=SINK + BLOCK)
+LONG = FilmSet(name="long", first=0, num_films=1_500, num_latents=SINK + RUN)
 FILM_SETS = (PICTURES, OPENINGS, LONG)
 
 
@@ -61,7 +63,7 @@ def film_at(seed: int, index: int) -> Film:
 @torch.no_grad()
 def encode_film(vae: VAE, film: Film, num_latents: int) -> Tensor:
     """Normalised latents (c, num_latents, h, w): the film's first ones, or a sink and a run where it is long."""
-    if num_latents <= SINK + 1 or film.start == SINK:
+    if num_latents <= SINK + BLOCK or film.start == SINK:
         return _encode(vae, film.world, 0, num_latents)[0]
     sink = _encode(vae, film.world, 0, SINK)
     run = _encode(vae, film.world, film.start - WARM_UP, WARM_UP + num_latents - SINK)[:, :, WARM_UP:]
@@ -111,11 +113,13 @@ class FilmLatents:
         chosen = rng.integers(0, len(self.films), count)
         return self.latents[torch.from_numpy(chosen)].float(), [caption(self.films[i].world, rng) for i in chosen]
 
-    def sample_runs(self, rng: np.random.Generator, count: int, run: int) -> tuple[Tensor, list[str]]:
-        """Clips of `SINK + run` latents of long films, half of them without a gap of their own making."""
-        whole, captions = self.sample(rng, count)
-        clips = []
-        for latents in whole:
-            offset = 0 if rng.uniform() < 0.5 else int(rng.integers(0, RUN - run + 1))
-            clips.append(torch.cat([latents[:, :SINK], latents[:, SINK + offset : SINK + offset + run]], 1))
-        return torch.stack(clips), captions
+    def sample_runs(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[str], Tensor]:
+        """Clips (count, c, SINK + CLIP, h, w) of long films, their captions, and which have a gap after the sink."""
+        chosen = rng.integers(0, len(self.films), count)
+        offsets = np.where(rng.uniform(size=count) < 0.7, 0, rng.integers(1, RUN - CLIP + 1, count))
+        clips = torch.stack([
+            torch.cat([self.latents[i, :, :SINK], self.latents[i, :, SINK + o : SINK + o + CLIP]], 1)
+            for i, o in zip(chosen, offsets, strict=True)
+        ]).float()  # fmt: skip
+        has_gap = [o > 0 or self.films[i].start > SINK for i, o in zip(chosen, offsets, strict=True)]
+        return clips, [caption(self.films[i].world, rng) for i in chosen], torch.tensor(has_gap)

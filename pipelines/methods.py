@@ -16,13 +16,13 @@ def rolling(
 ) -> Method:
     """Ours: the rolling queue, causal, for models trained block-causally with staircases of levels.
 
-    A block sees the video's first 3 latents and the 9 before itself, noisy neighbours and clean history alike. The
-    first block is the first latent alone, a single frame to the VAE: what to show is settled there, how it moves after.
+    A block sees the video's first latent and the 6 before itself, noisy neighbours and clean history alike. The first
+    block is the first latent alone, a single frame to the VAE: what to show is settled there, how it moves after.
     """
     return Method(
         name="rolling", kind=Kind.CAUSAL, block_size=block_size, first_block_size=1, num_steps=num_steps,
         lag=lag, solver=Solver.UNIPC, level_rule=LevelRule.UNIFORM, flow_shift=flow_shift,
-        guidance_scale=guidance_scale, sink=3, history=9, left=9, max_keys=12 + block_size, retire=True,
+        guidance_scale=guidance_scale, sink=1, history=6, left=6, max_keys=7 + block_size, retire=True,
     )  # fmt: skip
 
 

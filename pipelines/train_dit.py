@@ -1,10 +1,10 @@
 """Train the embedded model's DiT: flow matching with a level per block, block-causal or joint.
 
-A batch is of one of three kinds. Pictures are first latents alone, each with four levels of noise at once: that is
-where a model learns to follow its text, and a step sees 256 of them. Openings are a first block and the next, which
-must begin to move as the text says. Long clips take their levels from rows of the rolling matrix or at random per
-block; most see context as causal inference does, some attend jointly, so that one model serves both kinds of method.
-The prompt is dropped for a share of the clips, for guidance.
+A batch is of one of three kinds. Pictures are first latents alone, each at four levels of noise: that is where a model
+learns to follow its text, and a step sees 256 of them. Openings are a first block and the next, which must begin to
+move as the text says. Long clips are a sink, often a gap, and a run; they take their levels from rows of the rolling
+matrix or at random per block. Most see context as causal inference does, some attend jointly, so that one model serves
+both kinds of method. The prompt is dropped for a share of the clips, for guidance.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,17 +18,17 @@ from longvid.flow import add_noise, velocity_target
 from longvid.levels import block_causal_mask, iid_levels, per_latent, soil, staircase_levels
 from longvid.models.dit import SKYREELS, DiT, DiTConfig
 from longvid.models.text import TextEncoder
-from pipelines.film_latents import LONG, OPENINGS, PICTURES, FilmLatents
+from pipelines.film_latents import BLOCK, LONG, OPENINGS, PICTURES, SINK, FilmLatents
 from pipelines.optimise import LoopConfig, optimise
 
 TINY_DIT = DiTConfig(
-    class_name=SKYREELS, num_attention_heads=4, attention_head_dim=64, in_channels=16, out_channels=16, text_dim=128,
-    freq_dim=256, ffn_dim=768, num_layers=6,
+    class_name=SKYREELS, num_attention_heads=3, attention_head_dim=64, in_channels=8, out_channels=8, text_dim=128,
+    freq_dim=256, ffn_dim=576, num_layers=6,
 )  # fmt: skip
 """Shape of the embedded DiT."""
 
 COPIES = 4
-"""Levels of noise at which a picture is seen in one step."""
+"""Levels of noise at which a picture is seen in one step, its text being read once."""
 
 CLEAN = 0.06
 """Shifted level up to which a latent counts as context: its velocity is not asked for."""
@@ -38,16 +38,17 @@ CLEAN = 0.06
 class DiTTraining:
     """Shares are of batches, except `start_share` and `drop_text`, which are of clips.
 
-    `loop.batch_size` counts long clips; batches of pictures and of openings hold four times as many films, for about
-    as much work. `start_share` of the long clips have no clean block. With `compile` layers are compiled, once for each
-    shape of batch: a minute at the start (a C++ compiler is needed), and faster steps.
+    `loop.batch_size` counts long clips; batches of pictures and of openings hold `films_per_clip` times as many films,
+    for about as much work. The share of pictures falls from the first of `picture_share` to the last as training goes
+    on; of the rest `opening_share` are openings. `start_share` of the long clips have no clean block. With `compile`
+    layers are compiled, once for each shape of batch: a minute at the start (a C++ compiler is needed), then faster.
     """
 
     loop: LoopConfig
-    run: int = 12
+    films_per_clip: int = 4
     shift: float = 2.0
-    picture_share: float = 0.42
-    opening_share: float = 0.37
+    picture_share: tuple[float, float] = (1.0, 0.15)
+    opening_share: float = 0.4
     staircase_share: float = 0.7
     joint_share: float = 0.15
     start_share: float = 0.3
@@ -58,40 +59,42 @@ class DiTTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Clean latents (b, c, f, h, w), their captions, a level per latent (b, f) and the mask (None: joint)."""
+    """Clean latents (b, c, f, h, w), a level per latent (b, f), which latents count (b, f) and the mask (None: joint).
+
+    There is a caption for every b / len(captions) clips.
+    """
 
     clean: Tensor
     captions: list[str]
     levels: Tensor
+    counts: Tensor
     mask: Tensor | None
 
 
-def draw_batch(rng: np.random.Generator, config: DiTTraining, films: Mapping[str, FilmLatents]) -> Batch:
-    """A batch of a kind drawn by the shares; `films` by name of the set."""
-    kind = rng.uniform()
-    if kind < config.picture_share:
+def draw_batch(
+    rng: np.random.Generator, config: DiTTraining, films: Mapping[str, FilmLatents], progress: float
+) -> Batch:
+    """A batch of a kind drawn by the shares at `progress` in [0, 1]; `films` by name of the set."""
+    first, last = config.picture_share
+    if rng.uniform() < first + progress * (last - first):
         return picture_batch(rng, config, films[PICTURES.name])
-    if kind < config.picture_share + config.opening_share:
+    if rng.uniform() < config.opening_share:
         return opening_batch(rng, config, films[OPENINGS.name])
     return long_batch(rng, config, films[LONG.name])
 
 
 def picture_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents) -> Batch:
-    """First latents, `COPIES` times side by side on the time axis, each copy blind to the others.
-
-    The levels of a picture's copies are spread evenly, so that each step sees all levels.
-    """
-    clean, captions = films.sample(rng, 4 * config.loop.batch_size)
+    """First latents, each `COPIES` times with levels that are spread evenly, so that each step sees all levels."""
+    clean, captions = films.sample(rng, config.films_per_clip * config.loop.batch_size)
     spread = (np.arange(COPIES) + rng.uniform(size=(len(clean), COPIES))) / COPIES
-    levels = torch.stack([per_latent(row, (1,) * COPIES, config.shift) for row in spread])
-    owner = torch.arange(COPIES).repeat_interleave(tokens_per_latent(clean))
-    mask = owner[:, None] == owner[None, :]
-    return Batch(clean=clean.expand(-1, -1, COPIES, -1, -1), captions=captions, levels=levels, mask=mask)
+    levels = torch.stack([per_latent(row, (1,) * COPIES, config.shift) for row in spread]).view(-1, 1)
+    clean = clean.repeat_interleave(COPIES, 0)
+    return Batch(clean=clean, captions=captions, levels=levels, counts=levels > CLEAN, mask=None)
 
 
 def opening_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents) -> Batch:
     """A first block of one latent and the next, mostly with the first one clean or nearly so."""
-    clean, captions = films.sample(rng, 4 * config.loop.batch_size)
+    clean, captions = films.sample(rng, config.films_per_clip * config.loop.batch_size)
     sizes = (1, clean.shape[2] - 1)
     rows = []
     for _ in range(len(clean)):
@@ -104,14 +107,18 @@ def opening_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLate
             level = rng.uniform()
             levels = np.array([level, min(1.0, level + 1 / 16)])
         rows.append(per_latent(levels, sizes, config.shift))
+    levels = torch.stack(rows)
     mask = block_causal_mask(sizes, tokens_per_latent(clean))
-    return Batch(clean=clean, captions=captions, levels=torch.stack(rows), mask=mask)
+    return Batch(clean=clean, captions=captions, levels=levels, counts=levels > CLEAN, mask=mask)
 
 
 def long_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents) -> Batch:
-    """Sink, gap and run in blocks as at inference: the first latent, and then three each."""
-    clean, captions = films.sample_runs(rng, config.loop.batch_size, config.run)
-    sizes = block_sizes(rng, clean.shape[2])
+    """Sink, often a gap, and run, in blocks as at inference: the first latent, and then three each.
+
+    After a gap the first block of the run is context alone: at inference none sees the sink and a gap and no past.
+    """
+    clean, captions, has_gap = films.sample_runs(rng, config.loop.batch_size)
+    sizes = (SINK, *(BLOCK,) * ((clean.shape[2] - SINK) // BLOCK))
     draw = staircase_levels if rng.uniform() < config.staircase_share else iid_levels
     rows = []
     for _ in range(len(clean)):
@@ -121,17 +128,12 @@ def long_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents
             num_clean = int(rng.integers(1, len(sizes)))
             levels = np.concatenate([np.zeros(num_clean), draw(rng, len(sizes) - num_clean)])
         rows.append(per_latent(soil(rng, levels, config.worst_context), sizes, config.shift))
+    levels = torch.stack(rows)
+    counts = levels > CLEAN
+    counts[has_gap, : SINK + BLOCK] = False
     is_joint = rng.uniform() < config.joint_share
     mask = None if is_joint else block_causal_mask(sizes, tokens_per_latent(clean))
-    return Batch(clean=clean, captions=captions, levels=torch.stack(rows), mask=mask)
-
-
-def block_sizes(rng: np.random.Generator, num_latents: int) -> tuple[int, ...]:
-    """The first latent, then blocks of 3, of which the first or the last is what remains."""
-    full, rest = divmod(num_latents - 1, 3)
-    short = (rest,) if rest else ()
-    blocks = (3,) * full
-    return (1, *blocks, *short) if rng.uniform() < 0.4 else (1, *short, *blocks)
+    return Batch(clean=clean, captions=captions, levels=levels, counts=counts, mask=mask)
 
 
 def tokens_per_latent(latents: Tensor) -> int:
@@ -141,18 +143,20 @@ def tokens_per_latent(latents: Tensor) -> int:
 
 
 def dit_loss(dit: DiT, batch: Batch, text: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """Weighted mean squared error of the velocity over latents that carry noise (arXiv 2210.02747, section 4).
+    """Weighted mean squared error of the velocity over latents that count (arXiv 2210.02747, section 4).
 
     A place counts by how far it stands out from its picture and moves in time, so that a small thing before a large
     background is learned.
     """
     clean, levels = batch.clean, batch.levels
     noisy = add_noise(clean, noise, levels)
+    clips = len(clean) // len(text)
     with torch.autocast("cpu", torch.bfloat16):
-        velocity, _ = dit(noisy, 1000 * levels, dit.text_features(text), mask=batch.mask, keep=False)
+        read = {i: tuple(y.repeat_interleave(clips, 0) for y in kv) for i, kv in dit.text_features(text).items()}
+        velocity, _ = dit(noisy, 1000 * levels, read, mask=batch.mask, keep=False)
     error = (velocity.float() - velocity_target(clean, noise)).square().mean(1)
     error = (error * places(clean)).mean((2, 3))
-    weight = (levels > CLEAN).float()
+    weight = batch.counts.float()
     return {"loss": (error * weight).sum() / weight.sum().clamp(min=1)}
 
 
@@ -178,7 +182,7 @@ def train_dit(
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((config.loop.seed, step))
-        batch = draw_batch(rng, config, films)
+        batch = draw_batch(rng, config, films, step / config.loop.num_steps)
         captions = ["" if rng.uniform() < config.drop_text else caption for caption in batch.captions]
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         noise = torch.randn(batch.clean.shape, generator=generator)

@@ -135,6 +135,19 @@ class Projection(nn.Module):
         self.proj = nn.Linear(dim_in, dim_out)
 
 
+class TanhGELU(nn.GELU):
+    """GELU by its tanh approximation."""
+
+    def __init__(self):
+        super().__init__("tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...) -> (...). In training as a sigmoid, which it is too, and which compiles to half the time on a CPU."""
+        if x.requires_grad:
+            return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
+        return super().forward(x)
+
+
 class FeedForward(nn.Module):
     """Two linear layers with an activation between; `net.0.proj` and `net.2` as released."""
 
@@ -168,7 +181,7 @@ class ConditionEmbedder(nn.Module):
         super().__init__()
         self.time_embedder = TwoLayer(config.freq_dim, config.dim, nn.SiLU())
         self.time_proj = nn.Linear(config.dim, 6 * config.dim)
-        self.text_embedder = TwoLayer(config.text_dim, config.dim, nn.GELU("tanh"))
+        self.text_embedder = TwoLayer(config.text_dim, config.dim, TanhGELU())
 
 
 def sinusoid(timesteps: Timesteps, dim: int) -> Tensor:
@@ -192,7 +205,7 @@ class Layer(nn.Module):
         self.attn1 = Attention(dim, config.num_attention_heads, config.eps)
         self.attn2 = Attention(dim, config.num_attention_heads, config.eps)
         self.norm2 = nn.LayerNorm(dim, config.eps) if config.cross_attn_norm else None
-        self.ffn = FeedForward(dim, config.ffn_dim, dim, nn.GELU("tanh"))
+        self.ffn = FeedForward(dim, config.ffn_dim, dim, TanhGELU())
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(

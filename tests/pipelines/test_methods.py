@@ -250,7 +250,7 @@ def test_rolling_is_a_queue_of_lag_1_with_one_pass_more_for_each_block():
     for p in plan.passes:
         start = plan.starts[p.covers[0].block]
         seen = [plan.starts[s.block] + i for s in p.before for i in range(s.start, s.stop)]
-        assert seen == [*range(min(3, start)), *range(max(3, start - 9), start)]
+        assert seen == [*range(min(1, start)), *range(max(1, start - 6), start)]
 
 
 # Names and changes ----------------------------------------------------------------------------------------------------

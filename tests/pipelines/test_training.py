@@ -11,7 +11,19 @@ from longvid import worlds
 from longvid.models.dit import DiT
 from longvid.models.vae import VAE, VAEConfig
 from pipelines import film_latents, train_dit, train_vae
-from pipelines.film_latents import FILM_SETS, LONG, OPENINGS, PICTURES, RUN, SINK, FilmLatents, encode_film, film_at
+from pipelines.film_latents import (
+    BLOCK,
+    CLIP,
+    FILM_SETS,
+    LONG,
+    OPENINGS,
+    PICTURES,
+    RUN,
+    SINK,
+    FilmLatents,
+    encode_film,
+    film_at,
+)
 from pipelines.film_latents import make_latents as make
 from pipelines.optimise import LoopConfig
 from pipelines.train_dit import CLEAN, COPIES, TINY_DIT, DiTTraining, dit_loss, draw_batch, long_batch
@@ -25,7 +37,7 @@ def loop(tmp_path, **changes) -> LoopConfig:
 
 def small_vae() -> VAE:
     torch.manual_seed(0)
-    return VAE(VAEConfig.from_dict({**TINY_VAE, "base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 1, 1, 1]})).eval()
+    return VAE(VAEConfig.from_dict({**TINY_VAE, "base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 1, 1]})).eval()
 
 
 def test_crops_are_a_function_of_their_address():
@@ -54,10 +66,14 @@ def test_films_are_stored_once_and_sampled_as_sink_and_run(tmp_path, monkeypatch
     kept = [p.stat().st_mtime_ns for p in sorted((tmp_path / LONG.name).iterdir())]
     assert stamps == kept, "shards that are there are kept"
     films = FilmLatents(tmp_path, 0, LONG)
-    assert films.latents.shape == (4, 16, SINK + RUN, 8, 8)
-    clips, captions = films.sample_runs(np.random.default_rng(0), 3, 6)
-    assert clips.shape == (3, 16, SINK + 6, 8, 8) and len(captions) == 3
-    assert any(torch.equal(clips[0, :, :SINK], film[:, :SINK].float()) for film in films.latents)
+    assert films.latents.shape == (4, 8, SINK + RUN, 16, 16)
+    clips, captions, has_gap = films.sample_runs(np.random.default_rng(0), 40)
+    assert clips.shape == (40, 8, SINK + CLIP, 16, 16) and len(captions) == 40
+    whole = [films.latents[i, :, : SINK + CLIP].float() for i, film in enumerate(films.films) if film.start == SINK]
+    for clip, gap in zip(clips, has_gap, strict=True):
+        assert any(torch.equal(clip[:, :SINK], film[:, :SINK].float()) for film in films.latents)
+        assert gap != any(torch.equal(clip, film) for film in whole)
+    assert 5 < has_gap.sum() < 38
 
 
 def test_no_two_sets_share_a_film():
@@ -69,7 +85,7 @@ def test_no_two_sets_share_a_film():
 @pytest.mark.parametrize("num_latents", [1, 4, SINK + RUN])
 def test_what_begins_a_film_is_one_encoding_of_it(index, num_latents):
     vae, film = small_vae(), film_at(0, index)
-    follows = num_latents if index == 0 or num_latents <= SINK + 1 else SINK
+    follows = num_latents if index == 0 or num_latents <= SINK + BLOCK else SINK
     frames = worlds.draw(film.world, 4 * (follows - 1) + 1)
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     with torch.no_grad():
@@ -88,7 +104,7 @@ class RandomFilms(FilmLatents):
     """A set of random latents, 4 x 4 tokens of 2 x 2 each."""
 
     def __init__(self, films):
-        self.latents = torch.randn(6, 16, films.num_latents, 4, 4, generator=torch.Generator().manual_seed(1))
+        self.latents = torch.randn(6, 8, films.num_latents, 4, 4, generator=torch.Generator().manual_seed(1))
         self.films = [film_at(0, i) for i in range(6)]
 
 
@@ -104,17 +120,19 @@ def seen(mask, tokens):
     return mask[::tokens, ::tokens]
 
 
-def test_pictures_are_seen_at_every_level_each_copy_alone():
-    batch = draw_batch(np.random.default_rng(0), training(picture_share=1.0, opening_share=0.0), SETS)
-    assert batch.clean.shape == (12, 16, COPIES, 4, 4) and len(batch.captions) == 12
-    assert torch.equal(batch.clean[:, :, 0], batch.clean[:, :, -1])
-    assert torch.equal(seen(batch.mask, 4), torch.eye(COPIES, dtype=torch.bool))
-    assert (batch.levels.diff(dim=1) > 0).all() and batch.levels.min() < 0.3 and batch.levels.max() > 0.9
+def test_pictures_are_seen_at_every_level_each_by_itself():
+    config = training(picture_share=(1.0, 0.0))
+    batch = draw_batch(np.random.default_rng(0), config, SETS, 0.0)
+    assert batch.clean.shape == (12 * COPIES, 8, 1, 4, 4) and len(batch.captions) == 12 and batch.mask is None
+    levels = batch.levels.view(12, COPIES)
+    assert all(torch.equal(batch.clean[0], copy) for copy in batch.clean[:COPIES])
+    assert (levels.diff(dim=1) > 0).all() and levels.min() < 0.3 and levels.max() > 0.9
 
 
 def test_openings_are_a_first_latent_and_the_next_block():
-    batch = draw_batch(np.random.default_rng(0), training(picture_share=0.0, opening_share=1.0), SETS)
-    assert batch.clean.shape[:3] == (12, 16, OPENINGS.num_latents) == (12, 16, 4)
+    config = training(picture_share=(1.0, 0.0), opening_share=1.0)
+    batch = draw_batch(np.random.default_rng(0), config, SETS, 1.0)
+    assert batch.clean.shape[:3] == (12, 8, OPENINGS.num_latents) == (12, 8, 4)
     assert seen(batch.mask, 4).tolist() == [[True, False, False, False]] + [[True] * 4] * 3
     assert (batch.levels[:, 1:] == batch.levels[:, 1:2]).all()
     assert (batch.levels[:, 0] <= CLEAN).any() and (batch.levels[:, 0] > CLEAN).any()
@@ -122,23 +140,29 @@ def test_openings_are_a_first_latent_and_the_next_block():
 
 def test_long_batches_are_those_of_inference():
     config = training()
-    joint = 0
+    joint, gaps = 0, 0
     for seed in range(200):
         batch = long_batch(np.random.default_rng(seed), config, SETS[LONG.name])
-        assert batch.levels.shape == (3, SINK + config.run)
-        sizes = train_dit.block_sizes(np.random.default_rng(seed), SINK + config.run)
-        assert sum(sizes) == SINK + config.run and sizes[0] == 1 and sizes in ((1, 3, 3, 3, 3, 2), (1, 2, 3, 3, 3, 3))
-        changes = (batch.levels.diff(dim=1) != 0).sum(1)
-        assert (changes < len(sizes)).all(), "a level per block"
+        assert batch.levels.shape == batch.counts.shape == (3, SINK + CLIP)
+        blocks = batch.levels[:, SINK:].view(3, -1, BLOCK)
+        assert (blocks == blocks[..., :1]).all(), "a level per block"
+        after_gap = ~batch.counts[:, : SINK + BLOCK].any(1) & (batch.levels[:, :SINK] > CLEAN).all(1)
+        gaps += after_gap.sum().item()
+        assert not batch.counts[batch.levels <= CLEAN].any()
+        assert torch.equal(batch.counts[:, SINK + BLOCK :], batch.levels[:, SINK + BLOCK :] > CLEAN)
         joint += batch.mask is None
-    assert 0.07 < joint / 200 < 0.25
+    assert 0.07 < joint / 200 < 0.25 and gaps > 20
 
 
-def test_shares_decide_what_is_drawn():
+def test_shares_decide_what_is_drawn_and_pictures_grow_fewer():
     rng, config = np.random.default_rng(0), training()
-    kinds = [draw_batch(rng, config, SETS).clean.shape[:3] for _ in range(200)]
-    pictures, openings = kinds.count((12, 16, COPIES)), kinds.count((3, 16, SINK + config.run))
-    assert OPENINGS.num_latents == COPIES and 130 < pictures < 185 and 200 - pictures == openings
+    counts = []
+    for progress in (0.0, 0.5, 1.0):
+        lengths = [draw_batch(rng, config, SETS, progress).clean.shape[2] for _ in range(200)]
+        counts.append([lengths.count(n) for n in (1, SINK + BLOCK, SINK + CLIP)])
+        assert sum(counts[-1]) == 200
+    assert counts[0] == [200, 0, 0] and 90 < counts[1][0] < 140 and 15 < counts[2][0] < 50
+    assert 45 < counts[2][1] < 95
 
 
 def test_dit_loss_counts_noisy_latents_only_and_reaches_every_parameter():
@@ -150,7 +174,7 @@ def test_dit_loss_counts_noisy_latents_only_and_reaches_every_parameter():
     loss.backward()
     missing = [name for name, p in dit.named_parameters() if p.grad is None]
     assert not missing
-    still = replace(batch, levels=torch.full_like(batch.levels, CLEAN))
+    still = replace(batch, counts=torch.zeros_like(batch.counts))
     assert dit_loss(dit, still, text, noise)["loss"] == 0
     train_dit._start_at_zero(dit)
     with torch.no_grad():
@@ -182,7 +206,9 @@ def test_compiled_training_is_training(tmp_path, monkeypatch):
     texts = lambda *captions: torch.randn(len(captions), 5, 8, generator=torch.Generator().manual_seed(2))  # noqa: E731
     losses = []
     for compiled in (False, True):
-        config = DiTTraining(loop=loop(tmp_path / str(compiled), log_every=1), picture_share=1.0, compile=compiled)
+        config = DiTTraining(
+            loop=loop(tmp_path / str(compiled), log_every=1), picture_share=(1.0, 1.0), compile=compiled
+        )
         *records, last = train_dit.train_dit(config, SETS, texts)
         losses.append([record["loss"] for record in records])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(losses[0]) == 2
