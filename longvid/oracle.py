@@ -1,0 +1,262 @@
+"""The oracle: reads from the pixels of a procedural film what it shows, second by second. No learned weights.
+
+Shape is the outline of `longvid.worlds` that covers a piece best, over all angles at equal area. Motion is what changes
+most over about two seconds: the place (along a line, a circle, up and down), the radius or the angle. A thing that is
+melted, wanders or stands still is said to be so: it is no shape, and no motion, that a world has. Plain numpy.
+
+Axes: f frame, h height, w width, s shape, n fold of a symmetry.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from longvid.backdrop import read_backdrop
+from longvid.pieces import GRID, REACH, Piece, find_pieces
+from longvid.worlds import COLOURS, SHAPES, Thing, World, draw
+
+UNCLEAR, STILL, WANDERS, UNSEEN = "unclear", "still", "wanders", "unseen"
+"""Readings that no world has: an outline unlike all shapes; no motion, one that is none of ours, too little to tell."""
+
+WINDOW = 2.0  # seconds over which a motion is read
+_LEAST_FIT = 0.8  # intersection over union below which an outline is no shape
+_FOLDS = (3, 4, 5)
+_FOLD_OF = {"square": 4, "triangle": 3, "star": 5, "cross": 4}
+_PLACE, _PULSE, _TURN = 0.018, 0.07, 0.7  # the least motion: deviation of place / side, of log radius; radians per s
+_STRAIGHT = 0.22  # deviation across a line, as a share of that along it
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThingReading:
+    """One thing in one second: `fit` is the mean intersection over union with `shape`; x, y, radius in pixels."""
+
+    colour: str
+    shape: str
+    motion: str
+    fit: float
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is seen in the second that begins at `second`: pieces counted, and the largest thing of each colour."""
+
+    second: int
+    count: int
+    background: str
+    background_colours: tuple[str, ...]
+    things: tuple[ThingReading, ...]
+
+
+@dataclass
+class _Track:
+    """The largest piece of one colour through the film; NaN where there is none."""
+
+    x: np.ndarray
+    y: np.ndarray
+    radius: np.ndarray
+    fits: np.ndarray  # (f, s)
+    moments: np.ndarray  # (f, n), complex
+    clear: np.ndarray
+
+    @classmethod
+    def empty(cls, num_frames: int) -> "_Track":
+        """Nothing seen."""
+        x, y, radius = np.full((3, num_frames), np.nan)
+        fits, moments = np.zeros((num_frames, len(SHAPES))), np.zeros((num_frames, len(_FOLDS)), complex)
+        return cls(x, y, radius, fits, moments, np.zeros(num_frames, bool))
+
+    def add(self, frame: int, piece: Piece, fits: np.ndarray, moments: np.ndarray) -> None:
+        """Enter what was measured in a frame."""
+        self.x[frame], self.y[frame], self.radius[frame] = piece.x, piece.y, piece.radius
+        self.fits[frame], self.moments[frame], self.clear[frame] = fits, moments, not piece.touches
+
+    def chosen(self, frames: slice) -> np.ndarray:
+        """Indices of frames in which nothing hides it; where they are less than half, all in which it is seen."""
+        seen = np.flatnonzero(~np.isnan(self.x[frames])) + frames.start
+        clear = seen[self.clear[seen]]
+        return clear if 2 * len(clear) >= len(seen) else seen
+
+
+def read_film(frames: np.ndarray, fps: float) -> list[Reading]:
+    """Read uint8 (f, h, w, 3) second by second; what is left at the end joins the last second if it is under half.
+
+    Raises ValueError for frames of another kind, and for fewer than two.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) < 2 or fps <= 0:
+        raise ValueError(f"frames of {frames.dtype} {frames.shape} at {fps} fps must be uint8 (n, height, width, 3)")
+    seconds = seconds_of(len(frames), fps)
+    backdrops = [read_backdrop(frames[(part.start + part.stop) // 2]) for part in seconds]
+    pieces = [piece for part, backdrop in zip(seconds, backdrops, strict=True)
+              for piece in find_pieces(frames[part], backdrop)]  # fmt: skip
+    tracks = _tracks(pieces)
+    h, w = frames.shape[1:3]
+    readings = []
+    for second, (part, backdrop) in enumerate(zip(seconds, backdrops, strict=True)):
+        half = (part.stop - part.start) / 2
+        seen = [k for k, track in tracks.items() if (~np.isnan(track.x[part])).sum() >= half]
+        window = _window(part, len(frames), fps)
+        things = [_read_thing(k, tracks[k], part, window, (h, w, fps)) for k in seen]
+        readings.append(
+            Reading(
+                second=second,
+                count=int(np.median([len(found) for found in pieces[part]])),
+                background=backdrop.background,
+                background_colours=backdrop.colours,
+                things=tuple(sorted(things, key=lambda thing: -thing.radius)),
+            )
+        )
+    return readings
+
+
+def seconds_of(num_frames: int, fps: float) -> list[slice]:
+    """The frames of each second; a rest of under half a second joins the last."""
+    count = max(1, int(num_frames / fps + 0.5))
+    cuts = [round(i * fps) for i in range(count)] + [num_frames]
+    return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def _window(part: slice, num_frames: int, fps: float) -> slice:
+    """The `WINDOW` around a second, moved where it would leave the film."""
+    length = min(num_frames, round(WINDOW * fps))
+    start = min(max((part.start + part.stop - length) // 2, 0), num_frames - length)
+    return slice(start, start + length)
+
+
+def _tracks(pieces: list[list[Piece]]) -> dict[int, _Track]:
+    """Measure the largest piece of each colour in each frame."""
+    largest: dict[int, list[tuple[int, Piece]]] = defaultdict(list)
+    for frame, found in enumerate(pieces):
+        for piece in reversed(found):
+            if largest[piece.colour] and largest[piece.colour][-1][0] == frame:
+                largest[piece.colour].pop()
+            largest[piece.colour].append((frame, piece))
+    tracks = {}
+    for colour, entries in largest.items():
+        track = tracks[colour] = _Track.empty(len(pieces))
+        for frame, piece in entries:
+            track.add(frame, piece, *_compare(piece.outline.ravel()))
+    return tracks
+
+
+def _compare(outline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Best intersection over union with each shape (s,), and moments of each fold (n,), for an outline (g g,)."""
+    templates, owner = _templates()
+    inside = np.minimum(templates, outline).sum(1)
+    union = templates.sum(1) + outline.sum() - inside
+    fits = np.zeros(len(SHAPES))
+    np.maximum.at(fits, owner, inside / union)
+    harmonics, weight = _harmonics()
+    return fits, harmonics @ outline / max(weight @ outline, 1e-6)
+
+
+@cache
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """Outlines (t, g g) of all shapes at all angles, of the area of a disc of radius 1, and the shape of each (t,)."""
+    outlines, owner = [], []
+    for index, shape in enumerate(SHAPES):
+        tried = 0.2  # parts of the side
+        share = _outline(shape, tried, 0.0, 40 * GRID).mean()
+        radius = tried / np.sqrt(share / np.pi) / (2 * REACH)
+        num_angles = 12 if shape in _FOLD_OF else 1
+        for angle in np.arange(num_angles) / num_angles / _FOLD_OF.get(shape, 1):
+            outlines.append(_outline(shape, radius, angle, GRID).ravel())
+            owner.append(index)
+    return np.array(outlines, np.float32), np.array(owner)
+
+
+def _outline(shape: str, radius: float, turns: float, side: int) -> np.ndarray:
+    """A shape in the middle of a square as worlds draw it: (side, side) in 0..1; radius is a part of the side."""
+    thing = Thing(shape=shape, colour="white", motion="spins", size="small", speed="slow", x=0.5, y=0.5,
+                  radius=radius, travel=0.0, period=1.0, phase=turns)  # fmt: skip
+    world = World(background="plain", colours=("black",), things=(thing,), camera="still", tile=0.2, offset=0.0,
+                  pan_speed=0.0)  # fmt: skip
+    picture = draw(world, 1, height=side, width=side)[0, ..., 0].astype(np.float32)
+    return (picture - picture.min()) / max(np.ptp(picture), 1)
+
+
+@cache
+def _harmonics() -> tuple[np.ndarray, np.ndarray]:
+    """|z|^2 (z / |z|)^n for each fold (n, g g), and |z|^2 (g g,)."""
+    z = _grid()
+    return np.array([abs(z) ** 2 * (z / abs(z)) ** n for n in _FOLDS]), abs(z) ** 2
+
+
+def _grid() -> np.ndarray:
+    """Places (g g,) of an outline's grid as complex numbers, y downwards."""
+    line = ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * REACH
+    return (line[None] + 1j * line[:, None]).ravel()
+
+
+def _read_thing(colour: int, track: _Track, part: slice, window: slice, scale: tuple[int, int, float]) -> ThingReading:
+    """One thing in one second; its motion from the window around it."""
+    frames = track.chosen(part)
+    fits = track.fits[frames].mean(0)
+    best = int(fits.argmax())
+    shape = SHAPES[best] if fits[best] >= _LEAST_FIT else UNCLEAR
+    return ThingReading(
+        colour=tuple(COLOURS)[colour],
+        shape=shape,
+        motion=_read_motion(track, shape, window, *scale),
+        fit=float(fits[best]),
+        x=float(track.x[frames[len(frames) // 2]]),
+        y=float(np.median(track.y[frames])),
+        radius=float(np.median(track.radius[frames])),
+    )
+
+
+def _read_motion(track: _Track, shape: str, window: slice, h: int, w: int, fps: float) -> str:
+    """What changes most over the window, each change measured in the least that counts as a motion."""
+    frames = track.chosen(window)
+    if len(frames) < 0.6 * (window.stop - window.start) or len(frames) < 4:
+        return UNSEEN
+    times = frames / fps
+    x = np.unwrap(track.x[frames], period=w) / min(h, w)
+    y = track.y[frames] / min(h, w)
+    moved = {
+        "place": np.hypot(x.std(), y.std()) / _PLACE,
+        "pulses": np.log(track.radius[frames]).std() / _PULSE,
+        "spins": abs(_turning(track.moments[frames], times, shape)) / _TURN,
+    }
+    most = max(moved, key=moved.get)
+    if moved[most] < 1:
+        return STILL
+    return _path(x, y, times) if most == "place" else most
+
+
+def _path(x: np.ndarray, y: np.ndarray, times: np.ndarray) -> str:
+    """The motion of a centre: across, up and down, or round."""
+    if y.std() < _STRAIGHT * x.std():
+        across = np.polyfit(times, x, 1)
+        if (x - np.polyval(across, times)).std() < _STRAIGHT * x.std():
+            return "drifts right" if across[0] > 0 else "drifts left"
+        return WANDERS
+    if x.std() < _STRAIGHT * y.std():
+        rest = y - np.polyval(np.polyfit(times, y, 1), times)
+        return "bounces" if rest.std() > 0.5 * y.std() else WANDERS
+    # A circle (Kasa's fit): x^2 + y^2 = 2 a x + 2 b y + c.
+    terms = np.stack([2 * x, 2 * y, np.ones_like(x)], 1)
+    a, b, _ = np.linalg.lstsq(terms, x**2 + y**2, rcond=None)[0]
+    far = np.hypot(x - a, y - b)
+    turned = np.ptp(np.unwrap(np.arctan2(y - b, x - a)))
+    return "circles" if far.std() < _STRAIGHT * far.mean() and 0.06 < far.mean() < 0.3 and turned > 2 else WANDERS
+
+
+def _turning(moments: np.ndarray, times: np.ndarray, shape: str) -> float:
+    """Radians per second from the phases (f, n) of the outline's moments; 0 where they do not go round evenly."""
+    sizes = np.abs(moments).mean(0)
+    fold = _FOLD_OF.get(shape, _FOLDS[int(sizes.argmax())])
+    if shape in ("ball", "ring") or sizes[_FOLDS.index(fold)] < 0.02:
+        return 0.0
+    phase = np.unwrap(np.angle(moments[:, _FOLDS.index(fold)]))
+    line = np.polyfit(times, phase, 1)
+    return float(line[0] / fold) if (phase - np.polyval(line, times)).std() < 0.6 else 0.0
+
+
+def most_common(words: list[str]) -> str:
+    """The word that is read most often."""
+    return Counter(words).most_common(1)[0][0]
