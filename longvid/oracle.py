@@ -21,7 +21,9 @@ UNCLEAR, STILL, WANDERS, UNSEEN = "unclear", "still", "wanders", "unseen"
 """Readings that no world has: an outline unlike all shapes; no motion, one that is none of ours, too little to tell."""
 
 WINDOW = 2.0  # seconds over which a motion is read
-_LEAST_FIT = 0.8  # intersection over union below which an outline is no shape
+_LEAST_FIT = 0.78  # intersection over union below which an outline is no shape
+_FINE = 5  # outlines are drawn so many times finer than the grid
+_SOFTNESS = (0.0, 0.15, 0.25)  # how far outlines may be rounded, in radii
 _FOLDS = (3, 4, 5)
 _FOLD_OF = {"square": 4, "triangle": 3, "star": 5, "cross": 4}
 _PLACE, _PULSE, _TURN = 0.018, 0.07, 0.7  # the least motion: deviation of place / side, of log radius; radians per s
@@ -156,27 +158,59 @@ def _compare(outline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Outlines (t, g g) of all shapes at all angles, of the area of a disc of radius 1, and the shape of each (t,)."""
+    """Outlines (t, g g) of all shapes at all angles, of the area of a disc of radius 1, and the shape of each (t,).
+
+    Besides the true ones there are rounded ones, since autoencoders and models round off what is small.
+    """
     outlines, owner = [], []
     for index, shape in enumerate(SHAPES):
-        tried = 0.2  # parts of the side
-        share = _outline(shape, tried, 0.0, 40 * GRID).mean()
-        radius = tried / np.sqrt(share / np.pi) / (2 * REACH)
         num_angles = 12 if shape in _FOLD_OF else 1
-        for angle in np.arange(num_angles) / num_angles / _FOLD_OF.get(shape, 1):
-            outlines.append(_outline(shape, radius, angle, GRID).ravel())
-            owner.append(index)
+        for turns in np.arange(num_angles) / num_angles / _FOLD_OF.get(shape, 1):
+            for softness in _SOFTNESS:
+                outlines.append(_outline(shape, turns, softness).ravel())
+                owner.append(index)
     return np.array(outlines, np.float32), np.array(owner)
 
 
-def _outline(shape: str, radius: float, turns: float, side: int) -> np.ndarray:
-    """A shape in the middle of a square as worlds draw it: (side, side) in 0..1; radius is a part of the side."""
+def _outline(shape: str, turns: float, softness: float) -> np.ndarray:
+    """A shape in the middle of a square, its corners rounded: (g, g) in 0..1, of the area of a disc of radius 1.
+
+    Rounded is what is over a half after a Gaussian blur, whose deviation is given in such radii.
+    """
+    picture = _rounded(shape, _radius(shape, softness), turns, softness)
+    return picture.reshape(GRID, _FINE, GRID, _FINE).mean((1, 3))
+
+
+@cache
+def _radius(shape: str, softness: float) -> float:
+    """The radius that gives a shape its area, as a part of the side."""
+    radius, wanted = 0.5 / REACH, np.pi / (2 * REACH) ** 2
+    for _ in range(3):
+        radius *= np.sqrt(wanted / _rounded(shape, radius, 0.0, softness).mean())
+    return radius
+
+
+def _rounded(shape: str, radius: float, turns: float, softness: float) -> np.ndarray:
+    picture = _drawn(shape, radius, turns, _FINE * GRID)
+    return (_blur(picture, softness * len(picture) / (2 * REACH)) > 0.5) * np.float32(1) if softness else picture
+
+
+def _drawn(shape: str, radius: float, turns: float, side: int) -> np.ndarray:
+    """A white shape before black: (side, side) in 0..1; radius is a part of the side."""
     thing = Thing(shape=shape, colour="white", motion="spins", size="small", speed="slow", x=0.5, y=0.5,
                   radius=radius, travel=0.0, period=1.0, phase=turns)  # fmt: skip
     world = World(background="plain", colours=("black",), things=(thing,), camera="still", tile=0.2, offset=0.0,
                   pan_speed=0.0)  # fmt: skip
     picture = draw(world, 1, height=side, width=side)[0, ..., 0].astype(np.float32)
-    return (picture - picture.min()) / max(np.ptp(picture), 1)
+    return (picture - picture.min()) / np.ptp(picture)
+
+
+def _blur(picture: np.ndarray, deviation: float) -> np.ndarray:
+    """Gaussian blur of a square picture."""
+    place = np.arange(len(picture))
+    kernel = np.exp(-0.5 * ((place[:, None] - place) / deviation) ** 2)
+    kernel /= kernel.sum(1, keepdims=True)
+    return kernel @ picture @ kernel.T
 
 
 @cache
