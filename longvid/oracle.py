@@ -7,14 +7,14 @@ melted, wanders or stands still is said to be so: it is no shape, and no motion,
 Axes: f frame, h height, w width, s shape, n fold of a symmetry.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
 from longvid.backdrop import read_backdrop
-from longvid.pieces import GRID, REACH, Piece, find_pieces
+from longvid.pieces import GRID, REACH, Piece, find_pieces, shrink
 from longvid.worlds import COLOURS, SHAPES, Thing, World, draw
 
 UNCLEAR, STILL, WANDERS, UNSEEN = "unclear", "still", "wanders", "unseen"
@@ -32,7 +32,10 @@ _STRAIGHT = 0.22  # deviation across a line, as a share of that along it
 
 @dataclass(frozen=True, kw_only=True)
 class ThingReading:
-    """One thing in one second: `fit` is the mean intersection over union with `shape`; x, y, radius in pixels."""
+    """One thing in one second: `fit` is the mean intersection over union with the best shape.
+
+    x, y are fractions of width and height, the radius (of a disc of equal area) one of the shorter side.
+    """
 
     colour: str
     shape: str
@@ -91,7 +94,7 @@ def read_film(frames: np.ndarray, fps: float) -> list[Reading]:
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) < 2 or fps <= 0:
         raise ValueError(f"frames of {frames.dtype} {frames.shape} at {fps} fps must be uint8 (n, height, width, 3)")
-    seconds = seconds_of(len(frames), fps)
+    frames, seconds = shrink(frames), seconds_of(len(frames), fps)
     backdrops = [read_backdrop(frames[(part.start + part.stop) // 2]) for part in seconds]
     pieces = [piece for part, backdrop in zip(seconds, backdrops, strict=True)
               for piece in find_pieces(frames[part], backdrop)]  # fmt: skip
@@ -237,9 +240,9 @@ def _read_thing(colour: int, track: _Track, part: slice, window: slice, scale: t
         shape=shape,
         motion=_read_motion(track, shape, window, *scale),
         fit=float(fits[best]),
-        x=float(track.x[frames[len(frames) // 2]]),
-        y=float(np.median(track.y[frames])),
-        radius=float(np.median(track.radius[frames])),
+        x=float(track.x[frames[len(frames) // 2]] / scale[1]),
+        y=float(np.median(track.y[frames]) / scale[0]),
+        radius=float(np.median(track.radius[frames]) / min(scale[:2])),
     )
 
 
@@ -289,8 +292,3 @@ def _turning(moments: np.ndarray, times: np.ndarray, shape: str) -> float:
     phase = np.unwrap(np.angle(moments[:, _FOLDS.index(fold)]))
     line = np.polyfit(times, phase, 1)
     return float(line[0] / fold) if (phase - np.polyval(line, times)).std() < 0.6 else 0.0
-
-
-def most_common(words: list[str]) -> str:
-    """The word that is read most often."""
-    return Counter(words).most_common(1)[0][0]

@@ -15,6 +15,7 @@ from longvid.backdrop import Backdrop
 from longvid.worlds import COLOURS
 
 _RGB = np.array(list(COLOURS.values()), np.float32)
+_SIDE = 128
 _CORE_AREA = 15  # pixels of a picture of 128 x 128 that are surrounded by their own colour
 _MIN_AREA = 60  # pixels of a picture of 128 x 128: less is a speck
 _TOUCH = 2  # pixels between pieces that hide nothing of each other
@@ -42,6 +43,17 @@ class Piece:
         return float(np.sqrt(self.area / np.pi))
 
 
+def shrink(frames: np.ndarray) -> np.ndarray:
+    """Frames (f, h, w, 3) of about 128 to 256 pixels along the shorter side, by means over squares; small ones stay."""
+    f, h, w, _ = frames.shape
+    step = min(h, w) // _SIDE
+    if step < 2:
+        return frames
+    cut = frames[:, : h // step * step, : w // step * step]
+    squares = cut.reshape(f, h // step, step, w // step, step, 3).astype(np.float32)
+    return (squares.mean((2, 4)) + 0.5).astype(np.uint8)
+
+
 def find_pieces(frames: np.ndarray, backdrop: Backdrop) -> list[list[Piece]]:
     """Pieces of each frame, uint8 (f, h, w, 3), largest first; `colour` is an index of `worlds.COLOURS`."""
     f, h, w, _ = frames.shape
@@ -50,7 +62,7 @@ def find_pieces(frames: np.ndarray, backdrop: Backdrop) -> list[list[Piece]]:
     distances[0] = backdrop.distance(pixels)
     squares = np.einsum("nc,nc->n", pixels, pixels)
     distances[1:] = squares - 2 * _RGB @ pixels.T + np.einsum("kc,kc->k", _RGB, _RGB)[:, None]
-    unit = (min(h, w) / 128) ** 2
+    unit = (min(h, w) / _SIDE) ** 2
     owner = distances.argmin(0).reshape(f, h, w)
     seen = [k for k in range(1, len(distances)) if _core(owner == k).sum() >= unit * _CORE_AREA * f / 2]
     if not seen:
