@@ -45,7 +45,7 @@ LETTERS = {
 }
 """What titles need beside the digits of contact sheets; 7 rows high."""
 
-WIDTH, HEIGHT, GAP, LEFT, SCALE = 380, 150, 14, 56, 2
+WIDTH, HEIGHT, GAP, LEFT, SCALE = 380, 150, 14, 76, 2
 """Pixels of a panel's plot, between panels, left of a plot for its range; pixels of a dot of the font."""
 
 STRONG, FAINT, GRID = (20, 80, 170), (190, 208, 232), 228

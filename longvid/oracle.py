@@ -27,6 +27,7 @@ _SOFTNESS = (0.0, 0.15, 0.25)  # how far outlines may be rounded, in radii
 _FOLDS = (3, 4, 5)
 _FOLD_OF = {"square": 4, "triangle": 3, "star": 5, "cross": 4}
 _PLACE, _PULSE, _TURN = 0.018, 0.07, 0.7  # the least motion: deviation of place / side, of log radius; radians per s
+_TURNS_BACK = 0.35  # deviation from a straight line in time, as a share of all; a mere fall (y = t^2) has 0.25
 _STRAIGHT = 0.22  # deviation across a line, as a share of that along it
 
 
@@ -274,7 +275,7 @@ def _path(x: np.ndarray, y: np.ndarray, times: np.ndarray) -> str:
         return WANDERS
     if x.std() < _STRAIGHT * y.std():
         rest = y - np.polyval(np.polyfit(times, y, 1), times)
-        return "bounces" if rest.std() > 0.5 * y.std() else WANDERS
+        return "bounces" if rest.std() > _TURNS_BACK * y.std() else WANDERS
     # A circle (Kasa's fit): x^2 + y^2 = 2 a x + 2 b y + c.
     terms = np.stack([2 * x, 2 * y, np.ones_like(x)], 1)
     a, b, _ = np.linalg.lstsq(terms, x**2 + y**2, rcond=None)[0]
