@@ -21,7 +21,7 @@ UNCLEAR, STILL, WANDERS, UNSEEN = "unclear", "still", "wanders", "unseen"
 """Readings that no world has: an outline unlike all shapes; no motion, one that is none of ours, too little to tell."""
 
 WINDOW = 2.0  # seconds over which a motion is read
-_LEAST_FIT = 0.78  # intersection over union below which an outline is no shape
+_LEAST_FIT = 0.75  # intersection over union below which an outline is no shape
 _FINE = 5  # outlines are drawn so many times finer than the grid
 _SOFTNESS = (0.0, 0.15, 0.25)  # how far outlines may be rounded, in radii
 _FOLDS = (3, 4, 5)

@@ -84,16 +84,16 @@ def test_softened_films_are_read_rightly():
 def test_films_that_went_through_the_embedded_vae_are_read_rightly():
     vae = load_vae(open_folder(Path(longvid.__file__).parent / "assets" / "tiny"), torch.float32, "cpu").eval()
     pairs, quality = [], []
-    for world in worlds(20, seed=3):
+    for world in worlds(32, seed=3):
         film = draw(world, 2 * FPS + 1, start=300)
         video = rearrange(torch.from_numpy(film), "t h w c -> 1 c t h w").float() / 127.5 - 1
         seen = vae.decode(vae.encode(video)[0])[0][0]
         seen = ((seen + 1) * 127.5).round().clamp(0, 255).byte()
         pairs.append((world, rearrange(seen, "c t h w -> t h w c").numpy()))
         quality.append(psnr(film, pairs[-1][1]))
-        if len(quality) == 5 and np.mean(quality) < 31:
+        if len(quality) == 8 and np.mean(quality) < 30:
             break
-    if np.mean(quality) < 31:
+    if np.mean(quality) < 30:
         pytest.skip(f"the VAE keeps {np.mean(quality):.1f} dB: it turns small stars into balls, and nobody can tell")
     found = right(pairs)
     assert all(found[aspect] >= 0.97 for aspect in ASPECTS), found
