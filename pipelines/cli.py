@@ -199,12 +199,24 @@ def _train(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _evaluate(options: argparse.Namespace) -> int:
+    use_threads(options.threads)
+    from pipelines.evaluate_run import evaluate
+
+    say = (lambda line: None) if options.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    return print_lines(
+        evaluate(options.videos, options.prompts, _request(options), Path(options.out), num_prompts=options.num_prompts,
+                 has_frechet=not options.no_frechet, overwrite=options.overwrite, say=say)
+    )  # fmt: skip
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": _generate,
     "extend": _extend,
     "plan": _plan,
     "bench": _bench,
     "train": _train,
+    "evaluate": _evaluate,
 }
 
 

@@ -19,7 +19,9 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """All commands and their flags."""
     top = Parser(prog="longvid", description="Minutes of video from a prompt: rolling block-wise denoising.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="generate | extend | plan | bench | train")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="generate | extend | plan | bench | train | evaluate"
+    )
     generate = commands.add_parser("generate", help="make a video from a prompt")
     generate.add_argument("--image", metavar="F", help="a picture that the video starts from (PNG, JPEG, WebP)")
     generate.add_argument("--resume", metavar="DIR", help="go on with a run that was cut, generate or extend; of other "
@@ -38,6 +40,9 @@ def parser() -> Parser:
         commands.add_parser("bench", help="measure speed and memory of many cases, or compare two results")
     )
     _add_train_flags(commands.add_parser("train", help="train the embedded model, part by part"))
+    _add_evaluate_flags(
+        commands.add_parser("evaluate", help="measure videos, or a model by the videos of many prompts")
+    )
     return top
 
 
@@ -145,3 +150,17 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     train.add_argument("--model", metavar="DIR", help="pack: the model folder to write")
     train.add_argument("--threads", type=int, metavar="N")
+
+
+def _add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("videos", nargs="?", metavar="VIDEOS", help="a folder of videos, or a video")
+    evaluate.add_argument("--prompts", metavar="F", help="make videos first: a text file with a prompt a line, or "
+                          "held-out, 32 prompts of worlds that were not trained on; with the flags below")  # fmt: skip
+    evaluate.add_argument("--num-prompts", type=int, metavar="N", help="only the first so many")
+    evaluate.add_argument("--out", metavar="DIR", required=True, help="where evaluation.json, seconds.csv, curves.png "
+                          "and the videos made go")  # fmt: skip
+    evaluate.add_argument("--no-frechet", action="store_true", help="leave out the distance to true films")
+    evaluate.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    evaluate.add_argument("--quiet", action="store_true", help="no progress")
+    evaluate.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    _add_video_flags(evaluate)

@@ -1,4 +1,4 @@
-"""Print the speed and memory figures of the README: python scripts/measure.py [minute | memory | vae | dit].
+"""Print the figures of the README: python scripts/measure.py [minute | memory | vae | dit | oracle].
 
 Each is measured on this machine, now: whole commands in processes of their own, comparisons interleaved, medians.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 REPEATS = 5
+NUM_FILMS = 200
 
 
 def command(folder: Path, seconds: float, name: str, *more: str) -> dict:
@@ -100,7 +101,35 @@ def dit(folder: Path) -> None:
           f"largest difference {difference:.1e}")  # fmt: skip
 
 
-FIGURES = {"minute": minute, "memory": memory, "vae": vae, "dit": dit}
+def oracle(folder: Path) -> None:
+    """How often the oracle is right about films of known worlds, as drawn and after the embedded VAE."""
+    import numpy as np
+    import torch
+
+    from longvid.adherence import judge, scene_of, shares
+    from longvid.checkpoints.diffusers_folder import load_vae, open_folder
+    from longvid.oracle import read_film
+    from longvid.worlds import draw, sample_world
+    from pipelines.configure import EMBEDDED
+    from pipelines.generate import decode, encode_frames
+
+    network = load_vae(open_folder(EMBEDDED), torch.float32).eval()
+    true, decoded, errors = [], [], []
+    for index in range(NUM_FILMS):
+        rng = np.random.default_rng((77, index))
+        world = sample_world(rng)
+        film = draw(world, 65, start=int(rng.integers(0, 3000)))
+        seen, _ = decode(network, encode_frames(network, film), None)
+        errors.append(np.square(film.astype(float) - seen).mean())
+        for rows, frames in ((true, film), (decoded, seen)):
+            rows.extend(judge(scene_of(world), reading) for reading in read_film(frames, 16))
+    psnr = statistics.mean(10 * np.log10(255**2 / error) for error in errors)
+    for name, rows in (("as drawn", true), (f"after the VAE ({psnr:.1f} dB)", decoded)):
+        right = ", ".join(f"{aspect} {100 * share:.1f} %" for aspect, share in shares(rows).items())
+        print(f"oracle, {NUM_FILMS} films of 4 s {name}: {right}")
+
+
+FIGURES = {"minute": minute, "memory": memory, "vae": vae, "dit": dit, "oracle": oracle}
 
 
 def main() -> None:
