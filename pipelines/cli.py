@@ -191,8 +191,12 @@ def _train(options: argparse.Namespace) -> int:
     from pipelines.train import train
 
     given = {name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate")}
+    names = ("levels", "loss_weighting", "multitask", "num_intervals", "interval_cost", "immiscible",
+             "balance_first")  # fmt: skip
+    of_dit = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     for line in train(options.part, Path(options.out), seed=options.seed, resume=options.resume,
                       model=Path(options.model) if options.model else None, compile=options.compile,
+                      options=of_dit,
                       **{name: value for name, value in given.items() if value is not None}):  # fmt: skip
         print(json.dumps(line))
         sys.stdout.flush()

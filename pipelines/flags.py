@@ -150,6 +150,21 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     train.add_argument("--model", metavar="DIR", help="pack: the model folder to write")
     train.add_argument("--threads", type=int, metavar="N")
+    _add_objective_flags(train.add_argument_group("dit: levels and loss"))
+
+
+def _add_objective_flags(dit) -> None:
+    dit.add_argument("--levels", choices=["sync", "iid", "fopp", "anchored-fopp", "staircase"],
+                     help="how a clip's blocks get levels (default: staircase, 3 in 10 batches iid)")  # fmt: skip
+    dit.add_argument("--loss-weighting", choices=["none", "min-snr"], help="(default: none)")
+    dit.add_argument("--multitask", choices=["none", "uw", "pcgrad", "nash"],
+                     help="intervals of levels as tasks, and how they are combined (default: none)")  # fmt: skip
+    dit.add_argument("--num-intervals", type=int, metavar="N", help="how many intervals (default: 5)")
+    dit.add_argument("--interval-cost", choices=["timestep", "log-snr", "affinity"],
+                     help="what clusters them; affinity is measured on gradients (default: log-snr)")  # fmt: skip
+    dit.add_argument("--immiscible", action="store_true", default=None, help="assign a batch's noise to its clips")
+    dit.add_argument("--balance-first", action="store_true", default=None,
+                     help="weight a video's first latent, which is one frame, to the others' scale")  # fmt: skip
 
 
 def _add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:

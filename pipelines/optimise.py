@@ -9,9 +9,10 @@ Randomness is addressed by (seed, step), so a resumed run sees the batches that 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -91,17 +92,19 @@ class Optimizers:
 
 
 def optimise(
-    model: nn.Module, loss_at: Callable[[int], dict[str, Tensor]], config: LoopConfig, *, resume: bool = False
-) -> Iterator[dict]:
+    model: nn.Module, loss_at: Callable[[int], dict[str, Tensor]], config: LoopConfig, *, resume: bool = False,
+    options: Mapping[str, str | int | bool] = MappingProxyType({}),
+) -> Iterator[dict]:  # fmt: skip
     """Minimise `loss_at(step)["loss"]`, yielding a log record every `log_every` steps.
 
+    `options` is what else of the configuration must be the same in a resumed run.
     The model holds its EMA weights at the end. Raises FloatingPointError if the loss is not finite: the last
     checkpoint stays. Raises ValueError if `resume` finds a checkpoint of another configuration.
     """
     config.out.mkdir(parents=True, exist_ok=True)
     optimizers = Optimizers(model, config)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-    first = _load(model, optimizers, ema, config) if resume else 0
+    first = _load(model, optimizers, ema, config, options) if resume else 0
     log = (config.out / "log.jsonl").open("a" if first else "w")
     start, sums, count = time.perf_counter(), {}, 0
     for step in range(first, config.num_steps):
@@ -124,7 +127,7 @@ def optimise(
             sums, count = {}, 0
             yield record
         if (step + 1) % config.save_every == 0 or step + 1 == config.num_steps:
-            _save(model, optimizers, ema, config, step + 1)
+            _save(config.out, model, optimizers, ema, step + 1, {**_comparable(config), **options})
     log.close()
     load_ema(model, ema)
 
@@ -136,21 +139,21 @@ def load_ema(model: nn.Module, ema: dict[str, Tensor]) -> None:
             parameter.copy_(ema[name])
 
 
-def _save(model: nn.Module, optimizers: Optimizers, ema: dict, config: LoopConfig, step: int) -> None:
+def _save(out: Path, model: nn.Module, optimizers: Optimizers, ema: dict, step: int, config: dict) -> None:
     state = {"model": model.state_dict(), "optimizers": optimizers.state_dict(), "ema": ema, "step": step,
-             "config": _comparable(config)}  # fmt: skip
-    aside = config.out / "state.pt.part"
+             "config": config}  # fmt: skip
+    aside = out / "state.pt.part"
     torch.save(state, aside)
-    aside.rename(config.out / "state.pt")
+    aside.rename(out / "state.pt")
 
 
-def _load(model: nn.Module, optimizers: Optimizers, ema: dict, config: LoopConfig) -> int:
+def _load(model: nn.Module, optimizers: Optimizers, ema: dict, config: LoopConfig, options: Mapping) -> int:
     path = config.out / "state.pt"
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
-    if state["config"] != _comparable(config):
-        changed = [k for k, v in _comparable(config).items() if state["config"].get(k) != v]
+    now, then = {**_comparable(config), **options}, state["config"]
+    if changed := [name for name in {**now, **then} if now.get(name) != then.get(name)]:
         raise ValueError(f"{path} was made with another configuration ({', '.join(changed)} differ); use another --out")
     model.load_state_dict(state["model"])
     optimizers.load_state_dict(state["optimizers"])

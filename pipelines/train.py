@@ -3,16 +3,22 @@
 Each part keeps its checkpoint and log in a folder of its own under the training folder, and can be resumed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from longvid.checkpoints.diffusers_folder import save_folder, scheduler_config
+from longvid.intervals import IntervalCost
+from longvid.levels import LevelSampler
 from longvid.models.dit import DiT
 from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE, VAEConfig
+from longvid.multitask import Multitask
+from longvid.weighting import LossWeighting
 from pipelines.film_latents import FILM_SETS, FilmLatents, make_latents
+from pipelines.objective import Objective
 from pipelines.optimise import LoopConfig
 from pipelines.train_dit import TINY_DIT, DiTTraining, train_dit
 from pipelines.train_text import TextTraining, train_text
@@ -43,11 +49,15 @@ def train(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     compile: bool = False,
+    options: Mapping[str, str | int | bool] = MappingProxyType({}),
 ) -> Iterator[dict]:
-    """Run one part, yielding its log records.
+    """Run one part, yielding its log records; `options` are levels and objective of the DiT, by name.
 
     Raises ValueError if a part that it needs has not been trained, or a checkpoint is of another configuration.
     """
+    if options and part != "dit":
+        raise ValueError(f"{next(iter(options))} is an option of the part dit, not of {part}; leave it out")
+    chosen = dit_options(options)
     if part == "latents":
         vae = load_vae(out)
         for films in FILM_SETS:
@@ -73,12 +83,24 @@ def train(
         records = train_text(TextTraining(loop=loop), resume=resume)
     else:
         sets = {films.name: FilmLatents(out / "latents", seed, films) for films in FILM_SETS}
-        records = train_dit(DiTTraining(loop=loop, compile=compile), sets, load_text(out), resume=resume)
+        records = train_dit(DiTTraining(loop=loop, compile=compile, **chosen), sets, load_text(out), resume=resume)
     for record in records:
         if part in record:
             _save_part(part, record[part], loop.out)
         else:
             yield record
+
+
+def dit_options(given: Mapping[str, str | int | bool]) -> dict[str, LevelSampler | Objective]:
+    """`levels` and `objective` of a DiTTraining from the options given; ValueError for those that do nothing."""
+    kinds = {"loss_weighting": LossWeighting, "multitask": Multitask, "interval_cost": IntervalCost}
+    values = {name: kinds.get(name, lambda value: value)(value) for name, value in given.items()}
+    levels = LevelSampler(values.pop("levels", LevelSampler.STAIRCASE))
+    if values.get("multitask", Multitask.NONE) is Multitask.NONE:
+        for name in ("num_intervals", "interval_cost"):
+            if name in values:
+                raise ValueError(f"{name}={values[name]} needs a way to combine intervals; add --multitask uw")
+    return {"levels": levels, "objective": Objective(**values)}
 
 
 def check_new(folder: Path, resume: bool) -> None:

@@ -8,17 +8,21 @@ both kinds of method. The prompt is dropped for a share of the clips, for guidan
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longvid.assignment import nearest_noise
 from longvid.flow import add_noise, velocity_target
-from longvid.levels import block_causal_mask, iid_levels, per_latent, soil, staircase_levels
+from longvid.levels import LevelSampler, block_causal_mask, draw_levels, per_latent, soil
 from longvid.models.dit import SKYREELS, DiT, DiTConfig
 from longvid.models.text import TextEncoder
+from longvid.multitask import Multitask
+from longvid.weighting import first_latent_weight
 from pipelines.film_latents import BLOCK, LONG, OPENINGS, PICTURES, SINK, FilmLatents
+from pipelines.objective import Objective, WithUncertainty, combined_loss, edges_at, measured_edges
 from pipelines.optimise import LoopConfig, optimise
 
 TINY_DIT = DiTConfig(
@@ -34,17 +38,25 @@ CLEAN = 0.06
 """Shifted level up to which a latent counts as context: its velocity is not asked for."""
 
 
+MEASURED_FILMS, MEASURED_BATCHES = 256, 4
+"""Long films whose first latents are compared with the rest, and batches on which levels' affinity is measured."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiTTraining:
     """Shares are of batches, except `start_share` and `drop_text`, which are of clips.
 
     `loop.batch_size` counts long clips; batches of pictures and of openings hold `films_per_clip` times as many films,
     for about as much work. The share of pictures falls from the first of `picture_share` to the last as training goes
-    on; of the rest `opening_share` are openings. `start_share` of the long clips have no clean block. With `compile`
+    on; of the rest `opening_share` are openings. `start_share` of the long clips have no clean block. `levels` draws
+    levels; instead of staircases `1 - staircase_share` of the long batches have them at random per block, and with
+    `sync` no block is clean before the others, so there is no diffusion forcing. With `compile`
     layers are compiled, once for each shape of batch: a minute at the start (a C++ compiler is needed), then faster.
     """
 
     loop: LoopConfig
+    objective: Objective = Objective()
+    levels: LevelSampler = LevelSampler.STAIRCASE
     films_per_clip: int = 4
     shift: float = 2.0
     picture_share: tuple[float, float] = (1.0, 0.15)
@@ -99,10 +111,12 @@ def opening_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLate
     rows = []
     for _ in range(len(clean)):
         kind = rng.uniform()
-        if kind < 0.55:
+        if config.levels is LevelSampler.SYNC:
+            levels = draw_levels(config.levels, rng, 2)
+        elif kind < 0.55:
             levels = np.array([rng.uniform(0, 0.05) if rng.uniform() < 0.6 else 0.0, rng.uniform()])
         elif kind < 0.8:
-            levels = staircase_levels(rng, 2)
+            levels = draw_levels(config.levels, rng, 2)
         else:
             level = rng.uniform()
             levels = np.array([level, min(1.0, level + 1 / 16)])
@@ -119,14 +133,15 @@ def long_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents
     """
     clean, captions, has_gap = films.sample_runs(rng, config.loop.batch_size)
     sizes = (SINK, *(BLOCK,) * ((clean.shape[2] - SINK) // BLOCK))
-    draw = staircase_levels if rng.uniform() < config.staircase_share else iid_levels
+    is_mixed = config.levels is LevelSampler.STAIRCASE and rng.uniform() >= config.staircase_share
+    sampler = LevelSampler.IID if is_mixed else config.levels
     rows = []
     for _ in range(len(clean)):
-        if rng.uniform() < config.start_share:
-            levels = draw(rng, len(sizes))
+        if sampler is LevelSampler.SYNC or rng.uniform() < config.start_share:
+            levels = draw_levels(sampler, rng, len(sizes))
         else:
             num_clean = int(rng.integers(1, len(sizes)))
-            levels = np.concatenate([np.zeros(num_clean), draw(rng, len(sizes) - num_clean)])
+            levels = np.concatenate([np.zeros(num_clean), draw_levels(sampler, rng, len(sizes) - num_clean)])
         rows.append(per_latent(soil(rng, levels, config.worst_context), sizes, config.shift))
     levels = torch.stack(rows)
     counts = levels > CLEAN
@@ -142,11 +157,14 @@ def tokens_per_latent(latents: Tensor) -> int:
     return latents.shape[-2] // height * (latents.shape[-1] // width)
 
 
-def dit_loss(dit: DiT, batch: Batch, text: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """Weighted mean squared error of the velocity over latents that count (arXiv 2210.02747, section 4).
+def latent_errors(
+    dit: DiT, batch: Batch, text: Tensor, noise: Tensor, first_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted mean squared error of the velocity of each latent (b, f), which count, and their levels.
 
-    A place counts by how far it stands out from its picture and moves in time, so that a small thing before a large
-    background is learned.
+    The loss of flow matching (arXiv 2210.02747, section 4). A place counts by how far it stands out from its picture
+    and moves in time, so that a small thing before a large background is learned; `first_weight` (c,) weights the
+    channels of the first latent.
     """
     clean, levels = batch.clean, batch.levels
     noisy = add_noise(clean, noise, levels)
@@ -154,10 +172,10 @@ def dit_loss(dit: DiT, batch: Batch, text: Tensor, noise: Tensor) -> dict[str, T
     with torch.autocast("cpu", torch.bfloat16):
         read = {i: tuple(y.repeat_interleave(clips, 0) for y in kv) for i, kv in dit.text_features(text).items()}
         velocity, _ = dit(noisy, 1000 * levels, read, mask=batch.mask, keep=False)
-    error = (velocity.float() - velocity_target(clean, noise)).square().mean(1)
-    error = (error * places(clean)).mean((2, 3))
-    weight = batch.counts.float()
-    return {"loss": (error * weight).sum() / weight.sum().clamp(min=1)}
+    channels = torch.ones(clean.shape[1:3])
+    channels[:, 0] = first_weight
+    error = ((velocity.float() - velocity_target(clean, noise)).square() * channels[..., None, None]).mean(1)
+    return (error * places(clean)).mean((2, 3)), batch.counts, levels
 
 
 def places(clean: Tensor) -> Tensor:
@@ -175,10 +193,17 @@ def train_dit(
     torch.manual_seed(config.loop.seed)
     dit = DiT(TINY_DIT)
     _start_at_zero(dit)
+    objective, path = config.objective, config.loop.out / "intervals.json"
     if config.compile:
         torch._dynamo.config.recompile_limit = 64
+        torch._functorch.config.donated_buffer = not objective.needs_gradients  # donated ones serve one backward pass
         for layer in dit.blocks.values():
             layer.compile(dynamic=False)
+    first_weight = torch.ones(dit.config.in_channels)
+    if objective.balance_first:
+        first_weight = first_latent_weight(films[LONG.name].latents[:MEASURED_FILMS].float())
+    has_uncertainty = objective.multitask is Multitask.UNCERTAINTY
+    model = WithUncertainty(dit, objective.num_intervals) if has_uncertainty else dit
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((config.loop.seed, step))
@@ -186,10 +211,36 @@ def train_dit(
         captions = ["" if rng.uniform() < config.drop_text else caption for caption in batch.captions]
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         noise = torch.randn(batch.clean.shape, generator=generator)
-        return dit_loss(dit, batch, text(*captions), noise)
+        if objective.immiscible:
+            noise = nearest_noise(batch.clean, noise)
+        errors = latent_errors(dit, batch, text(*captions), noise, first_weight)
+        edges = edges_at(step, config.loop.num_steps, objective, CLEAN, path, measure)
+        return combined_loss(objective, model, errors, edges, rng)
 
-    yield from optimise(dit, loss_at, config.loop, resume=resume)
+    def measure() -> tuple[float, ...]:
+        return measured_edges(
+            dit, lambda level: losses_at_level(dit, config, films, text, level), objective.num_intervals, CLEAN
+        )
+
+    options = objective.changes()
+    if config.levels is not LevelSampler.STAIRCASE:
+        options["levels"] = config.levels.value
+    yield from optimise(model, loss_at, config.loop, resume=resume, options=options)
     yield {"dit": dit}
+
+
+def losses_at_level(
+    dit: DiT, config: DiTTraining, films: Mapping[str, FilmLatents], text: TextEncoder, level: float
+) -> list[Tensor]:
+    """Mean error of some batches of long clips, the same in each call, with all latents at one shifted level."""
+    losses = []
+    for i in range(MEASURED_BATCHES):
+        batch = long_batch(np.random.default_rng((config.loop.seed, i)), config, films[LONG.name])
+        batch = replace(batch, levels=torch.full_like(batch.levels, level))
+        noise = torch.randn(batch.clean.shape, generator=torch.Generator().manual_seed(i))
+        error, *_ = latent_errors(dit, batch, text(*batch.captions), noise, torch.ones(dit.config.in_channels))
+        losses.append(error.mean())
+    return losses
 
 
 def _start_at_zero(dit: DiT) -> None:

@@ -25,8 +25,9 @@ from pipelines.film_latents import (
     film_at,
 )
 from pipelines.film_latents import make_latents as make
+from pipelines.objective import Objective, combined_loss
 from pipelines.optimise import LoopConfig
-from pipelines.train_dit import CLEAN, COPIES, TINY_DIT, DiTTraining, dit_loss, draw_batch, long_batch
+from pipelines.train_dit import CLEAN, COPIES, TINY_DIT, DiTTraining, draw_batch, latent_errors, long_batch
 from pipelines.train_text import caption_batch
 from pipelines.train_vae import TINY_VAE, VAETraining, film_crops, vae_loss
 
@@ -165,17 +166,20 @@ def test_shares_decide_what_is_drawn_and_pictures_grow_fewer():
     assert 45 < counts[2][1] < 95
 
 
-def test_dit_loss_counts_noisy_latents_only_and_reaches_every_parameter():
+def test_the_loss_counts_noisy_latents_only_and_reaches_every_parameter():
     torch.manual_seed(0)
     dit = DiT(replace(TINY_DIT, num_attention_heads=2, attention_head_dim=12, ffn_dim=16, num_layers=2, text_dim=8))
     batch = long_batch(np.random.default_rng(3), training(), SETS[LONG.name])
     text, noise = torch.randn(3, 5, 8), torch.randn(batch.clean.shape)
-    loss = dit_loss(dit, batch, text, noise)["loss"]
+    plain = lambda batch: combined_loss(  # noqa: E731
+        Objective(), dit, latent_errors(dit, batch, text, noise, torch.ones(8)), (), np.random.default_rng(0)
+    )
+    loss = plain(batch)["loss"]
     loss.backward()
     missing = [name for name, p in dit.named_parameters() if p.grad is None]
     assert not missing
     still = replace(batch, counts=torch.zeros_like(batch.counts))
-    assert dit_loss(dit, still, text, noise)["loss"] == 0
+    assert plain(still)["loss"] == 0
     train_dit._start_at_zero(dit)
     with torch.no_grad():
         velocity, _ = dit(batch.clean, 1000 * batch.levels, dit.text_features(text))
