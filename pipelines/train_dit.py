@@ -48,9 +48,9 @@ class DiTTraining:
 
     `loop.batch_size` counts long clips; batches of pictures and of openings hold `films_per_clip` times as many films,
     for about as much work. The share of pictures falls from the first of `picture_share` to the last as training goes
-    on; of the rest `opening_share` are openings. `start_share` of the long clips have no clean block. `levels` draws
-    levels; instead of staircases `1 - staircase_share` of the long batches have them at random per block, and with
-    `sync` no block is clean before the others, so there is no diffusion forcing. With `compile`
+    on; of the rest `opening_share` are openings. `start_share` of the long clips have no clean block. `levels` says
+    how levels are drawn; where by staircases, all but `staircase_share` of the long batches have them at random per
+    block, and where by `sync`, no block is clean before the others, so there is no diffusion forcing. With `compile`
     layers are compiled, once for each shape of batch: a minute at the start (a C++ compiler is needed), then faster.
     """
 
@@ -67,6 +67,11 @@ class DiTTraining:
     drop_text: float = 0.1
     worst_context: float = 0.1
     compile: bool = False
+
+    def changes(self) -> dict[str, str | int | bool]:
+        """Levels and options of the objective that are not at their defaults."""
+        is_default = self.levels is LevelSampler.STAIRCASE
+        return self.objective.changes() | ({} if is_default else {"levels": self.levels.value})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,15 +195,7 @@ def train_dit(
     config: DiTTraining, films: Mapping[str, FilmLatents], text: TextEncoder, *, resume: bool = False
 ) -> Iterator[dict]:
     """Train, yielding log records; the last one holds the model as `dit`."""
-    torch.manual_seed(config.loop.seed)
-    dit = DiT(TINY_DIT)
-    _start_at_zero(dit)
-    objective, path = config.objective, config.loop.out / "intervals.json"
-    if config.compile:
-        torch._dynamo.config.recompile_limit = 64
-        torch._functorch.config.donated_buffer = not objective.needs_gradients  # donated ones serve one backward pass
-        for layer in dit.blocks.values():
-            layer.compile(dynamic=False)
+    dit, objective, path = _new_dit(config), config.objective, config.loop.out / "intervals.json"
     first_weight = torch.ones(dit.config.in_channels)
     if objective.balance_first:
         first_weight = first_latent_weight(films[LONG.name].latents[:MEASURED_FILMS].float())
@@ -222,10 +219,7 @@ def train_dit(
             dit, lambda level: losses_at_level(dit, config, films, text, level), objective.num_intervals, CLEAN
         )
 
-    options = objective.changes()
-    if config.levels is not LevelSampler.STAIRCASE:
-        options["levels"] = config.levels.value
-    yield from optimise(model, loss_at, config.loop, resume=resume, options=options)
+    yield from optimise(model, loss_at, config.loop, resume=resume, options=config.changes())
     yield {"dit": dit}
 
 
@@ -241,6 +235,20 @@ def losses_at_level(
         error, *_ = latent_errors(dit, batch, text(*batch.captions), noise, torch.ones(dit.config.in_channels))
         losses.append(error.mean())
     return losses
+
+
+def _new_dit(config: DiTTraining) -> DiT:
+    """A DiT at its start, compiled if asked for."""
+    torch.manual_seed(config.loop.seed)
+    dit = DiT(TINY_DIT)
+    _start_at_zero(dit)
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 64
+        if config.objective.needs_gradients:  # several backward passes, and donated buffers serve one
+            torch._functorch.config.donated_buffer = False
+        for layer in dit.blocks.values():
+            layer.compile(dynamic=False)
+    return dit
 
 
 def _start_at_zero(dit: DiT) -> None:
