@@ -75,7 +75,7 @@ def nash_weights(gram: np.ndarray, ridge: float = 1e-9, tolerance: float = 1e-9)
     combined gradient has norm sqrt(tasks). Where gradients can cancel (a Pareto-stationary point) there is no
     solution, hence the ridge, a share of the mean square. Tasks with no gradient get weight 0.
     """
-    has_gradient = np.diag(gram) > 0
+    has_gradient = np.diag(gram) != 0  # one that is not a number makes weights that are none, and training stops
     weights = np.zeros(len(gram))
     if not has_gradient.any():
         return weights

@@ -84,6 +84,7 @@ def test_nash_is_blind_to_a_tasks_scale_and_to_tasks_without_gradient():
     assert weights[2] == 0
     np.testing.assert_allclose(np.delete(weights, 2), nash_weights(np.delete(g, 2, 0) @ np.delete(g, 2, 0).T))
     assert (nash_weights(np.zeros((2, 2))) == 0).all()
+    assert np.isnan(nash_weights(np.diag([1.0, np.nan]))).any(), "it is not passed over"
 
 
 def test_nash_where_gradients_cancel_moves_nothing():

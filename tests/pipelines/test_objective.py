@@ -1,5 +1,6 @@
 """The training step follows its objective: what is combined, what is learned, what is kept, what is refused."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from longvid.levels import LevelSampler
 from longvid.models.dit import DiT
 from longvid.multitask import Multitask, interval_losses, nash_weights
 from longvid.weighting import LossWeighting, min_snr_weight
-from pipelines import train_dit
+from pipelines import train, train_dit
 from pipelines.film_latents import FILM_SETS, LONG, OPENINGS, FilmLatents, film_at
 from pipelines.flags import parser
 from pipelines.objective import Objective, WithUncertainty, combined_loss, task_gradients
@@ -181,8 +182,8 @@ def test_the_first_latents_weight_is_the_first_latents_alone():
 
 
 def test_flags_offer_what_there_is():
-    train = next(a for a in parser()._actions if a.dest == "command").choices["train"]
-    offered = {action.dest: action.choices for action in train._actions}
+    command = next(a for a in parser()._actions if a.dest == "command").choices["train"]
+    offered = {action.dest: action.choices for action in command._actions}
     for name, kind in (("levels", LevelSampler), ("loss_weighting", LossWeighting), ("multitask", Multitask),
                        ("interval_cost", IntervalCost)):  # fmt: skip
         assert offered[name] == list(kind)
@@ -199,6 +200,27 @@ def test_options_that_cannot_be_met_are_refused(longvid, here, words, said):
     ran = longvid("train", *words, "--out", "checkpoints", model=None)
     assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1
     assert not list(here.iterdir())
+
+
+def test_the_command_trains_as_its_flags_say(longvid, here, small, monkeypatch):
+    monkeypatch.setattr(train, "FilmLatents", lambda folder, seed, films: SETS[films.name])
+    monkeypatch.setattr(train, "load_text", lambda out: texts)
+    monkeypatch.setattr(train, "TINY_DIT", train_dit.TINY_DIT)
+    words = ("--levels", "fopp", "--loss-weighting", "min-snr", "--multitask", "nash", "--num-intervals", 3,
+             "--interval-cost", "affinity", "--immiscible", "--balance-first")  # fmt: skip
+    sizes = ("--steps", 2, "--batch-size", 3, "--out", "checkpoints")
+    ran = longvid("train", "dit", *words, *sizes, model=None)
+    assert ran.code == 0, ran.err
+    record = json.loads(ran.out)
+    assert record["step"] == 2 and np.isfinite(record["loss"]) and np.isfinite(record["error"])
+    assert len(json.loads((here / "checkpoints/dit/intervals.json").read_text())["edges"]) == 2
+    assert train.load_dit(here / "checkpoints").config == train_dit.TINY_DIT
+    state = torch.load(here / "checkpoints/dit/state.pt", weights_only=True)["config"]
+    given = {"levels": "fopp", "loss_weighting": "min-snr", "multitask": "nash", "num_intervals": 3,
+             "interval_cost": "affinity", "immiscible": True, "balance_first": True}  # fmt: skip
+    assert given.items() <= state.items()
+    ran = longvid("train", "dit", "--resume", *sizes, model=None)
+    assert ran.code == 2 and "multitask" in ran.err and "levels" in ran.err and "differ" in ran.err
 
 
 def test_intervals_lie_above_what_counts_as_clean():
