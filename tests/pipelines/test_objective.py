@@ -228,3 +228,15 @@ def test_intervals_lie_above_what_counts_as_clean():
         objective = Objective(multitask=Multitask.NASH, interval_cost=cost)
         edges = train_dit.edges_at(0, 10, objective, CLEAN, None, None)
         assert len(edges) == 4 and edges[0] > CLEAN and edges[-1] < 1 and (np.diff(edges) > 0).all()
+
+
+def test_affinity_is_measured_once_and_kept(tmp_path):
+    objective, path = Objective(multitask=Multitask.NASH, interval_cost=IntervalCost.AFFINITY), tmp_path / "i.json"
+    measured = iter([(0.1, 0.2, 0.3, 0.4)])
+    at = lambda step: train_dit.edges_at(step, 40, objective, CLEAN, path, lambda: next(measured))  # noqa: E731
+    before = train_dit.edges_at(0, 40, replace(objective, interval_cost=IntervalCost.LOG_SNR), CLEAN, path, None)
+    assert at(0) == at(1) == before and not path.exists()
+    assert at(2) == at(3) == at(39) == (0.1, 0.2, 0.3, 0.4)
+    path.unlink()
+    with pytest.raises(ValueError, match="measured at step 2, is missing"):
+        at(3)
