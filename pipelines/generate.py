@@ -156,8 +156,11 @@ def roll(
 def _usage(run: Run, models: Models, seconds: float) -> list[Usage]:
     """What each process took, in order of rank; all processes must ask."""
     peak, stage = peak_memory_mb(run.device), models.stage
-    idle, sent = (stage.waited_s / seconds, stage.num_bytes) if stage else (0.0, 0)
-    this = Usage(idle_fraction=idle, peak_memory_mb=peak, bytes_sent=sent, weight_bytes_read=models.bytes_read)
+    this = Usage(
+        idle_fraction=stage.waited_s / seconds if stage else 0.0, peak_memory_mb=peak,
+        bytes_sent=stage.num_bytes if stage else 0, bytes_exchanged=stage.exchange.num_bytes if stage else 0,
+        exchange_s=stage.exchange.waited_s if stage else 0.0, weight_bytes_read=models.bytes_read,
+    )  # fmt: skip
     return [this] if stage is None else from_all(this)
 
 
@@ -171,7 +174,8 @@ def _blocks(
               "during": lambda p: observer.span("pass", **about(p))}  # fmt: skip
     if keeping:
         lanes = range(plan.method.num_lanes) if stage is None or stage.lane is None else [stage.lane]
-        part, queue = part_of(models.dit.layers, lanes), (plan, noise) if models.vae else None
+        band = (stage.band, stage.grid.num_bands) if stage else (0, 1)
+        part, queue = part_of(models.dit.layers, lanes, *band), (plan, noise) if models.vae else None
         common["start"] = keeping.point(part, next(models.dit.parameters()).device, queue)
         common["reached"] = keeping.reached(plan, part, observer.span)
     if models.stage is None:

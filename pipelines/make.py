@@ -72,33 +72,37 @@ def make(options, request, run, *, num_frames: int, source: Path | None, notes: 
     if is_first:
         folder.check(overwrite=options.overwrite)
     if not is_worker():
-        grids = grids_of(how.world_size, run, cfg_parallel=options.cfg_parallel)
+        grids = grids_of(how.world_size, run, degrees_of(options))
         check_gpus(how, run, grids)
     if options.dry_run:
         return print_lines([json.dumps(described, indent=2, default=str)])
     goes_on = options.goes_on or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     outputs = replace(outputs, overwrite=options.overwrite or goes_on)
     keeping = keeping_of(folder, run, plan, goes_on=goes_on, say=lambda line: print(line, file=sys.stderr))
-    task = Task(request=request, outputs=outputs, notes=notes, keeping=keeping)
+    task = Task(request=request, outputs=outputs, notes=notes, keeping=keeping, asked=degrees_of(options))
     if not is_worker():
         with _way_on(folder):
             if how.world_size == 1:
-                planned = layout_of(grids, run, whole=True).planned if outputs.trace else None
-                return _carry_out(options, task, described, num_frames, planned=planned)
+                layout = layout_of(grids, run, whole=True) if outputs.trace else None
+                return _carry_out(options, task, described, num_frames, layout=layout)
             command = options.words if options.goes_on else _whole_command(options, task)
             return launch("pipelines.cli", command, how)
-    with taken_part(task, cfg_parallel=options.cfg_parallel, whole=bool(outputs.trace), lost=_give_up) as (
-        task,
-        stage,
-        layout,
-    ):
+    with taken_part(task, whole=bool(outputs.trace), lost=_give_up) as (task, stage, layout):
         if not stage.is_head:
             return _work(task, stage)
         if not options.quiet:
             print(layout.in_words, file=sys.stderr)
         if not goes_on:
             task.outputs.check(num_frames, run.height, run.width, source=source)
-        return _carry_out(options, task, described, num_frames, stage, planned=layout.planned)
+        return _carry_out(options, task, described, num_frames, stage, layout)
+
+
+def degrees_of(options):
+    """The layout asked for."""
+    from parallel.grid import Degrees
+
+    lanes = None if options.cfg_parallel is None else 1 + options.cfg_parallel
+    return Degrees(stages=options.stages, sequence=options.sequence_parallel, lanes=lanes)
 
 
 def _give_up(why: str) -> None:
@@ -172,13 +176,15 @@ def print_lines(lines: Iterable[str]) -> int:
     return EXIT_DONE
 
 
-def _carry_out(options, task, described: dict, num_frames: int, stage=None, planned=None) -> int:
+def _carry_out(options, task, described: dict, num_frames: int, stage=None, layout=None) -> int:
     """Write the video with progress on standard error; what is there stays if it is cut."""
     from pipelines.progress import Progress
     from pipelines.record import Meter, record
+    from pipelines.spread import layout_record
 
     run, outputs, done = task.run, task.outputs, 0
     meter = Meter(keep_latents=outputs.latents is not None, trace=_trace(task))
+    meter.layout = layout_record(layout, run)
     frames = task.frames(meter, stage)
     _show(options, described)
     folder = task.keeping.folder
@@ -201,7 +207,7 @@ def _carry_out(options, task, described: dict, num_frames: int, stage=None, plan
         print(f"latent_sha256 {meter.latent_sha256}", file=sys.stderr)
     folder.remove()
     if outputs.trace:
-        _write_trace(outputs.trace, meter, planned, quiet=options.quiet)
+        _write_trace(outputs.trace, meter, layout.planned, quiet=options.quiet)
     return print_lines([str(outputs.video)])
 
 

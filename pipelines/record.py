@@ -86,6 +86,7 @@ class Meter(Observer):
         self.written: list[tuple[float, int]] = []
         self.kept: list[Latents] | None = [] if keep_latents else None
         self.processes: list[Usage] = []
+        self.layout: dict = {}
         self.spans: list[list[Span]] = []
         self._hash = hashlib.sha256()
 
@@ -125,8 +126,8 @@ class Meter(Observer):
 
     def metrics(self, run: Run, num_frames: int) -> dict:
         """What `--metrics` holds; lists have an entry per process, or one for this process until all have ended."""
-        this = Usage(idle_fraction=0.0, peak_memory_mb=peak_memory_mb(run.device), bytes_sent=0,
-                     weight_bytes_read=0)  # fmt: skip
+        this = Usage(idle_fraction=0.0, peak_memory_mb=peak_memory_mb(run.device), bytes_sent=0, bytes_exchanged=0,
+                     exchange_s=0.0, weight_bytes_read=0)  # fmt: skip
         processes = self.processes or [this]
         wall = time.perf_counter() - self.start
         return {
@@ -137,6 +138,7 @@ class Meter(Observer):
             "fps": num_frames / wall,
             **self._pace(),
             "passes": self.num_passes,
+            "layout": self.layout,
             **{f.name: [getattr(usage, f.name) for usage in processes] for f in fields(Usage)},
             "latent_sha256": self.latent_sha256,
             "config": run.record(),

@@ -14,9 +14,10 @@ from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.plan import Plan, make_plan
 from parallel.cost import memory
 from parallel.execute import Stage, from_all, from_rank, make_stage
-from parallel.grid import Grid
+from parallel.grid import Degrees, Grid, Limits, possible_grids
 from parallel.launch import Launch, join
-from parallel.layout import Layout, fastest, possible_grids
+from parallel.layout import Layout, fastest
+from parallel.link import measured_link
 from parallel.snapshot import part_of
 from parallel.split import split_layers
 from pipelines.calibrate import measured_costs, shape_of
@@ -32,12 +33,13 @@ JUDGED = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A request, where its video goes and how the run is kept; `notes` are for the sidecar."""
+    """A request, where its video goes, how it is kept, and the layout asked for; `notes` are for the sidecar."""
 
     request: Run | Extension
     outputs: Outputs
     notes: dict
     keeping: Keeping
+    asked: Degrees
 
     @property
     def run(self) -> Run:
@@ -55,21 +57,36 @@ class Task:
         return replace(self, request=run if isinstance(self.request, Run) else replace(self.request, run=run))
 
 
-def grids_of(world_size: int, run: Run, *, cfg_parallel: bool | None) -> list[Grid]:
-    """The grids that so many processes can form for a run. Raises ValueError as `possible_grids` does."""
-    num_layers = open_folder(run.model).transformer["num_layers"]
-    has_guidance = run.method.num_lanes > 1
-    return possible_grids(world_size, has_guidance=has_guidance, num_layers=num_layers, cfg_parallel=cfg_parallel)
+def limits_of(run: Run) -> Limits:
+    """What the run's model and size allow."""
+    config, shape = open_folder(run.model).transformer, shape_of(run)
+    return Limits(num_layers=config["num_layers"], num_heads=config["num_attention_heads"], num_rows=shape.num_rows,
+                  num_lanes=run.method.num_lanes)  # fmt: skip
 
 
-def layout_of(grids: list[Grid], run: Run, *, whole: bool) -> Layout:
-    """The fastest of these grids by costs measured now, on this process's device; links count as free.
+def grids_of(world_size: int, run: Run, asked: Degrees) -> list[Grid]:
+    """The grids that so many processes can form for a run. Raises ValueError as `possible_grids` does.
+
+    Cutting rows changes roundings: a CPU does so when asked alone, a GPU if it is faster.
+    """
+    return possible_grids(world_size, limits_of(run), asked, may_cut_rows=run.device.startswith("cuda"))
+
+
+def layout_of(grids: list[Grid], run: Run, *, whole: bool, link: tuple[float, float] = (0.0, float("inf"))) -> Layout:
+    """The fastest of these grids by costs measured now, on this process's device; `link` is latency and bandwidth.
 
     It is judged by the beginning of the video, which is like the rest, unless the `whole` timeline is wanted.
     """
     plan = run.plan() if whole else make_plan(run.method, min(run.num_latents, JUDGED))
-    costs = measured_costs(run, plan, latency=0.0, bandwidth=float("inf"), repeats=1)
+    costs = measured_costs(run, plan, latency=link[0], bandwidth=link[1], repeats=1)
     return fastest(plan, grids, costs, shape_of(run))
+
+
+def layout_record(layout: Layout | None, run: Run) -> dict:
+    """A layout as JSON holds it; None is one process."""
+    grid, layers = (layout.grid, layout.layers) if layout else (Grid(num_stages=1), [range(limits_of(run).num_layers)])
+    return {"stages": grid.num_stages, "sequence": grid.num_bands, "lanes": grid.num_lanes,
+            "layers": [[part.start, part.stop] for part in layers]}  # fmt: skip
 
 
 def check_memory(grids: list[Grid], run: Run, available: int) -> None:
@@ -109,9 +126,7 @@ def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: C
 
 
 @contextmanager
-def taken_part(
-    task: Task, *, cfg_parallel: bool | None, whole: bool, lost: Callable[[str], None]
-) -> Iterator[tuple[Task, Stage, Layout]]:
+def taken_part(task: Task, *, whole: bool, lost: Callable[[str], None]) -> Iterator[tuple[Task, Stage, Layout]]:
     """This process as one of several: the task as rank 0 has it, on this process's device, its place, and the layout.
 
     The last process measures for all: rank 0, the head, is the first to be ready otherwise.
@@ -119,9 +134,11 @@ def taken_part(
     with join(task.run.device, lost) as device:
         check_alike(task.run)
         task = from_rank(0, lambda: task).on(device)
-        grids = grids_of(dist.get_world_size(), task.run, cfg_parallel=cfg_parallel)
-        layout = from_rank(dist.get_world_size() - 1, lambda: layout_of(grids, task.run, whole=whole))
-        yield task, make_stage(layout.grid, layout.layers, torch.device(device)), layout
+        grids, last = grids_of(dist.get_world_size(), task.run, task.asked), dist.get_world_size() - 1
+        link = measured_link(last, torch.device(device))
+        layout = from_rank(last, lambda: layout_of(grids, task.run, whole=whole, link=link))
+        num_rows = limits_of(task.run).num_rows
+        yield task, make_stage(layout.grid, layout.layers, num_rows, torch.device(device)), layout
 
 
 def check_alike(run: Run) -> None:

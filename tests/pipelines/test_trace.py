@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from parallel.grid import Degrees
 from pipelines.configure import configure
 from pipelines.spread import check_memory, grids_of
 from tests.pipelines.conftest import read_json
@@ -50,7 +51,7 @@ def test_each_process_reads_its_layers_alone(model, here):
 
 def test_a_model_that_is_too_large_for_the_gpu_is_refused(model):
     given = configure(model=model, num_frames=29, num_steps=3)
-    grids = grids_of(2, given, cfg_parallel=None)
+    grids = grids_of(2, given, Degrees())
     check_memory(grids, given, 2**30)
     with pytest.raises(ValueError, match=r"a process needs 0\.0 GiB \(weights .*use more processes"):
         check_memory(grids, given, 1000)
