@@ -155,6 +155,21 @@ def _exchange(grid: Grid, rank: int, rows: tuple[int, ...], device: torch.device
     return found
 
 
+def attempted(make: Callable[[], T]) -> Callable[[], T]:
+    """Make it now; a call that gives what came of it, or raises the ValueError that did."""
+    try:
+        found = make()
+    except ValueError as error:
+        found = error
+
+    def give() -> T:
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    return give
+
+
 def from_rank(rank: int, make: Callable[[], T]) -> T:
     """What one process makes, on every process. A ValueError there ends the others without a word."""
     found: list = [None]

@@ -7,10 +7,12 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from pipelines.carry_out import EXIT_DONE, Broken, print_lines
 from pipelines.flags import EXIT_WRONG_REQUEST, parser
-from pipelines.make import EXIT_DONE, Broken, degrees_of, is_worker, make, print_lines, use_threads
+from pipelines.make import degrees_of, is_worker, make, use_threads
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 DEGREES = ("stages", "sequence_parallel", "cfg_parallel")
@@ -74,10 +76,26 @@ def _generate(options: argparse.Namespace) -> int:
     if options.resume:
         return _resume(options)
     use_threads(options.threads)
-    from pipelines.configure import configure
+    request, run = _configured(options)
+    notes = {"prompts_file": options.prompts_file} if options.prompts_file else {}
+    return make(options, request, run, num_frames=run.num_frames, source=run.image, notes=notes)
 
-    run = configure(**_request(options))
-    return make(options, run, run, num_frames=run.num_frames, source=run.image, notes={})
+
+def _configured(options: argparse.Namespace, **more):
+    """What a generate or a plan asks for: a run, or several of a file's prompts; and the (first) run."""
+    from pipelines.configure import configure
+    from pipelines.several import Several, read_prompts
+
+    request = _request(options)
+    if not options.prompts_file:
+        run = configure(**{**more, **request})
+        return run, run
+    if options.prompt is not None:
+        raise ValueError("prompt and prompts_file both say what to show; give one of them")
+    prompts = read_prompts(Path(options.prompts_file))
+    run = configure(**{**more, **request, "prompt": prompts[0]})
+    runs = tuple(replace(run, prompt=prompt) for prompt in prompts)
+    return (Several(runs=runs), run) if len(runs) > 1 else (run, run)
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -120,14 +138,15 @@ def _extend(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     use_threads(options.threads)
-    from pipelines.configure import configure
     from pipelines.show_plan import plan_json, plan_text
+    from pipelines.spread import num_videos_of
 
-    request = {"prompt": "any", **_request(options)}
+    request, run = _configured(options, prompt="any")
     if not options.calibrate:  # a plan is the same for all
-        request |= {"device": "cpu", "dtype": "float32"}
-    run = configure(**request)
-    plan = run.plan()
+        run = replace(run, device="cpu", dtype="float32")
+    if num_videos_of(request) > 1:
+        request = request.for_processes(options.nproc or 1, options.sequence_parallel, None)
+    plan = request.plan()
     if options.nproc is None:
         return print_lines([json.dumps(plan_json(plan))] if options.json else plan_text(plan))
     return _plan_grid(options, run, plan)

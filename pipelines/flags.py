@@ -30,6 +30,9 @@ def parser() -> Parser:
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.add_argument("--image", metavar="F", help="plan for a video that starts from a picture")
     _add_grid_flags(plan)
+    for command in (generate, plan):
+        command.add_argument("--prompts-file", metavar="F", help="several prompts, one a line: a video of each, "
+                             "NAME-1.mp4 and so on, made together")  # fmt: skip
     for command in (generate, extend, plan):
         _add_video_flags(command)
     for command in (generate, extend):

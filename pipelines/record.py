@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -43,6 +43,25 @@ class Outputs:
     def sidecar(self) -> Path:
         """The JSON beside the video."""
         return self.video.with_suffix(".json")
+
+    def of(self, video: int, num_videos: int) -> "Outputs":
+        """Those of one of several videos, counted from 0: `out-1.mp4` and so on; a trace is of all."""
+        if num_videos == 1:
+            return self
+        check_output(self.video, overwrite=True)  # a name that can be numbered
+        numbered = {name: path and path.with_stem(f"{path.stem}-{video + 1}") for name, path in
+                    (("video", self.video), ("latents", self.latents), ("metrics", self.metrics),
+                     ("contact_sheet", self.contact_sheet))}  # fmt: skip
+        return replace(self, **numbered)
+
+    def all(self, num_videos: int) -> "list[Outputs]":
+        """Those of each of so many videos."""
+        return [self.of(video, num_videos) for video in range(num_videos)]
+
+    def check_all(self, num_videos: int, num_frames: int, height: int, width: int, source: Path | None) -> None:
+        """As `check`, of each of so many videos; the disk must have room for all."""
+        for each in self.all(num_videos):
+            each.check(num_videos * num_frames, height, width, source=source)
 
     def check(self, num_frames: int, height: int, width: int, source: Path | None = None) -> None:
         """Raise ValueError if one cannot be written, exists and may not be overwritten, or is the input `source`."""

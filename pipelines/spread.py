@@ -12,8 +12,9 @@ import torch.distributed as dist
 from longvid.checkpoints.diffusers_folder import open_folder
 from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.plan import Plan, make_plan
+from longvid.types import Text
 from parallel.cost import memory
-from parallel.execute import Stage, from_all, from_rank, make_stage
+from parallel.execute import Stage, attempted, from_all, from_rank, make_stage
 from parallel.grid import Degrees, Grid, Limits, possible_grids
 from parallel.launch import Launch, join
 from parallel.layout import Layout, fastest
@@ -23,9 +24,10 @@ from parallel.split import split_layers
 from pipelines.calibrate import measured_costs, shape_of
 from pipelines.configure import Run
 from pipelines.extend import Extension, extend
-from pipelines.generate import Observer, generate
+from pipelines.generate import Observer, encode_prompts, generate
 from pipelines.record import Outputs
-from pipelines.run_folder import Keeping, RunFolder, check_same, newest
+from pipelines.run_folder import Keeping, Kept, RunFolder, check_same, newest
+from pipelines.several import Several, generate_several
 
 JUDGED = 120
 """Latents by which a layout is judged."""
@@ -33,28 +35,63 @@ JUDGED = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A request, where its video goes, how it is kept, and the layout asked for; `notes` are for the sidecar."""
+    """A request, where its video goes, how it is kept, and the layout asked for; `notes` are for the sidecar.
 
-    request: Run | Extension
+    `texts` are the encoded prompts, once they are.
+    """
+
+    request: Run | Extension | Several
     outputs: Outputs
     notes: dict
     keeping: Keeping
     asked: Degrees
+    texts: tuple[Text, ...] = ()
 
     @property
     def run(self) -> Run:
         """The configuration."""
         return self.request if isinstance(self.request, Run) else self.request.run
 
-    def frames(self, observer: Observer, stage: Stage | None = None) -> Iterator[np.ndarray]:
-        """Blocks of frames as they are made; with a stage, on the last one."""
+    @property
+    def kept(self) -> Kept:
+        """What the run's folder has to know."""
+        return self.request if isinstance(self.request, Several) else self.run
+
+    @property
+    def videos(self) -> list[tuple[Run, Outputs]]:
+        """Each video's configuration, and where it goes."""
+        runs = self.request.runs if isinstance(self.request, Several) else (self.run,)
+        return list(zip(runs, self.outputs.all(len(runs)), strict=True))
+
+    def frames(self, observer: Observer, stage: Stage | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(video, frames) as blocks are made; with a stage, on the last one."""
+        if isinstance(self.request, Several):
+            return generate_several(self.request, observer, stage, self.keeping, self.texts)
         make: Callable = generate if isinstance(self.request, Run) else extend
-        return make(self.request, observer, stage, self.keeping)
+        return ((0, frames) for frames in make(self.request, observer, stage, self.keeping, self.texts))
+
+    def encode(self) -> list[Text]:
+        """Text states of all prompts. Raises ValueError for one that the text encoder would cut."""
+        prompts = self.request.prompts if isinstance(self.request, Several) else ()
+        return encode_prompts(self.run, prompts)
+
+    def judged_plan(self, *, whole: bool) -> Plan:
+        """What a layout is judged by: the beginning, which is like the rest, unless the `whole` is wanted."""
+        if isinstance(self.request, Several):
+            return self.request.plan(None if whole else JUDGED)
+        return self.run.plan() if whole else make_plan(self.run.method, min(self.run.num_latents, JUDGED))
 
     def on(self, device: str) -> "Task":
         """The same on another device."""
+        if isinstance(self.request, Several):
+            return replace(self, request=self.request.on(device))
         run = replace(self.run, device=device)
         return replace(self, request=run if isinstance(self.request, Run) else replace(self.request, run=run))
+
+
+def num_videos_of(request: Run | Extension | Several) -> int:
+    """Videos that a request asks for."""
+    return len(request.runs) if isinstance(request, Several) else 1
 
 
 def limits_of(run: Run) -> Limits:
@@ -72,12 +109,8 @@ def grids_of(world_size: int, run: Run, asked: Degrees) -> list[Grid]:
     return possible_grids(world_size, limits_of(run), asked, may_cut_rows=run.device.startswith("cuda"))
 
 
-def layout_of(grids: list[Grid], run: Run, *, whole: bool, link: tuple[float, float] = (0.0, float("inf"))) -> Layout:
-    """The fastest of these grids by costs measured now, on this process's device; `link` is latency and bandwidth.
-
-    It is judged by the beginning of the video, which is like the rest, unless the `whole` timeline is wanted.
-    """
-    plan = run.plan() if whole else make_plan(run.method, min(run.num_latents, JUDGED))
+def layout_of(grids: list[Grid], run: Run, plan: Plan, link: tuple[float, float] = (0.0, float("inf"))) -> Layout:
+    """The fastest of these grids by costs measured now, on this process's device; `link` is latency and bandwidth."""
     costs = measured_costs(run, plan, latency=link[0], bandwidth=link[1], repeats=1)
     return fastest(plan, grids, costs, shape_of(run))
 
@@ -89,9 +122,9 @@ def layout_record(layout: Layout | None, run: Run) -> dict:
             "layers": [[part.start, part.stop] for part in layers]}  # fmt: skip
 
 
-def check_memory(grids: list[Grid], run: Run, available: int) -> None:
+def check_memory(grids: list[Grid], run: Run, plan: Plan, available: int) -> None:
     """Raise ValueError if no grid's processes have room for weights, features and activations in so many bytes."""
-    plan, shape, least = run.plan(), shape_of(run), None
+    shape, least = shape_of(run), None
     for grid in grids:
         layers = split_layers([1.0] * shape.num_layers, grid.num_stages)
         needed = max(memory(plan, grid, layers, shape), key=lambda parts: sum(parts.values()))
@@ -103,16 +136,18 @@ def check_memory(grids: list[Grid], run: Run, available: int) -> None:
                          "steps, or --dtype bfloat16")  # fmt: skip
 
 
-def check_gpus(how: Launch, run: Run, grids: list[Grid]) -> None:
+def check_gpus(how: Launch, run: Run, plan: Plan, grids: list[Grid]) -> None:
     """Raise ValueError if this machine has fewer GPUs than processes that each take one, or too small ones."""
     num_gpus = torch.cuda.device_count()
     if run.device.startswith("cuda") and how.num_processes > num_gpus:
         raise ValueError(f"nproc={how.num_processes} is more than the {num_gpus} GPUs here; use --nproc {num_gpus}")
     if run.device.startswith("cuda"):
-        check_memory(grids, run, torch.cuda.get_device_properties(run.device).total_memory)
+        check_memory(grids, run, plan, torch.cuda.get_device_properties(run.device).total_memory)
 
 
-def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: Callable[[str], None]) -> Keeping:
+def keeping_of(
+    folder: RunFolder, run: Run, kept: Kept, plan: Plan, *, goes_on: bool, say: Callable[[str], None]
+) -> Keeping:
     """How a run is kept: from its beginning, or from the newest whole snapshot of the run that was cut.
 
     Raises ValueError if that was another run.
@@ -120,7 +155,7 @@ def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: C
     num_layers = open_folder(run.model).transformer["num_layers"]
     whole, start = part_of(range(num_layers), range(run.method.num_lanes)), 0
     if goes_on and folder.is_there:
-        check_same(folder.path, run)
+        check_same(folder.path, kept)
         start = newest(folder, plan, whole, say)
     return Keeping(folder=folder, whole=whole, start=start)
 
@@ -136,7 +171,9 @@ def taken_part(task: Task, *, whole: bool, lost: Callable[[str], None]) -> Itera
         task = from_rank(0, lambda: task).on(device)
         grids, last = grids_of(dist.get_world_size(), task.run, task.asked), dist.get_world_size() - 1
         link = measured_link(last, torch.device(device))
-        layout = from_rank(last, lambda: layout_of(grids, task.run, whole=whole, link=link))
+        encoded = attempted(task.encode) if dist.get_rank() == 0 else list  # while the last process measures
+        layout = from_rank(last, lambda: layout_of(grids, task.run, task.judged_plan(whole=whole), link))
+        task = replace(task, texts=tuple(from_rank(0, encoded)))
         num_rows = limits_of(task.run).num_rows
         yield task, make_stage(layout.grid, layout.layers, num_rows, torch.device(device)), layout
 

@@ -178,6 +178,13 @@ def sinusoid(timesteps: Timesteps, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1).float()
 
 
+def modulation_table(rows: int, dim: int) -> Tensor:
+    """Random, (1, rows, dim), for training to start from; on "meta" empty, since arithmetic there loads a compiler."""
+    if torch.get_default_device().type == "meta":
+        return torch.empty(1, rows, dim)
+    return torch.randn(1, rows, dim) / dim**0.5
+
+
 def layer_norm(x: Tensor, eps: float) -> Tensor:
     """Layer norm without parameters, in float32."""
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
@@ -193,7 +200,7 @@ class Layer(nn.Module):
         self.attn2 = Attention(dim, config.num_attention_heads, config.eps)
         self.norm2 = nn.LayerNorm(dim, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(dim, config.ffn_dim, dim, nn.GELU("tanh"))
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(modulation_table(6, dim))
 
     def forward(
         self,
@@ -263,7 +270,7 @@ class DiT(nn.Module):
         if self.is_last:
             height, width = config.patch_size[1:]
             self.proj_out = nn.Linear(dim, config.out_channels * height * width)
-            self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+            self.scale_shift_table = nn.Parameter(modulation_table(2, dim))
 
     def text_features(self, text: Text) -> TextFeatures:
         """Cross-attention keys and values of a prompt for this part's layers; compute once, pass to every forward."""

@@ -52,6 +52,6 @@ def test_each_process_reads_its_layers_alone(model, here):
 def test_a_model_that_is_too_large_for_the_gpu_is_refused(model):
     given = configure(model=model, num_frames=29, num_steps=3)
     grids = grids_of(2, given, Degrees())
-    check_memory(grids, given, 2**30)
+    check_memory(grids, given, given.plan(), 2**30)
     with pytest.raises(ValueError, match=r"a process needs 0\.0 GiB \(weights .*use more processes"):
-        check_memory(grids, given, 1000)
+        check_memory(grids, given, given.plan(), 1000)
