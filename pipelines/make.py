@@ -55,6 +55,8 @@ def make(options, request, run, *, num_frames: int, source: Path | None, notes: 
     from pipelines.spread import Task, check_gpus, grids_of, keeping_of, num_videos_of
 
     how, num_videos = _how(options), num_videos_of(request)
+    if how.world_size > 1 and not is_worker():
+        use_threads(1)  # what starts others computes nothing
     outputs = _outputs(options, num_videos)
     is_first = not is_worker() and how.machine == 0
     if is_first:
@@ -85,13 +87,15 @@ def make(options, request, run, *, num_frames: int, source: Path | None, notes: 
 def _start(options, how, task, described: dict, num_frames: int, grids: list) -> int:
     """Do it here, or start processes that do; say how to go on if it is cut."""
     from parallel.launch import launch
-    from pipelines.spread import layout_of
+    from pipelines import cli
+    from pipelines.spread import layout_of, may_be_forked
 
     with _way_on(task.keeping.folder):
         if how.world_size == 1:
             layout = layout_of(grids, task.run, task.judged_plan(whole=True)) if task.outputs.trace else None
             return carry_out(options, task, described, num_frames, layout=layout)
-        return launch("pipelines.cli", options.words if options.goes_on else whole_command(options, task), how)
+        words = options.words if options.goes_on else whole_command(options, task)
+        return launch(cli.main, cli.__name__, words, how, fork=may_be_forked(task.request))
 
 
 def _take_part(options, task, described: dict, num_frames: int, source: Path | None, *, goes_on: bool) -> int:

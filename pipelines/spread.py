@@ -94,6 +94,12 @@ def num_videos_of(request: Run | Extension | Several) -> int:
     return len(request.runs) if isinstance(request, Several) else 1
 
 
+def may_be_forked(request: Run | Extension | Several) -> bool:
+    """Whether processes for it may be copies of this one: it has used no GPU, and no reader of videos with threads."""
+    run = request if isinstance(request, Run) else request.run
+    return run.device == "cpu" and not isinstance(request, Extension)
+
+
 def limits_of(run: Run) -> Limits:
     """What the run's model and size allow."""
     config, shape = open_folder(run.model).transformer, shape_of(run)

@@ -168,7 +168,7 @@ def test_two_machines_make_the_video_of_one(model, here):
     assert hashes[0] == hashes[1]
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=150):
     """Until a file is there."""
     deadline = time.monotonic() + seconds
     while not path.exists():
