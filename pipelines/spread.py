@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from longvid.checkpoints.diffusers_folder import open_folder
+from longvid.checkpoints.diffusers_folder import num_elements, open_folder
 from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.plan import Plan, make_plan
 from longvid.types import Text
@@ -128,18 +128,27 @@ def layout_record(layout: Layout | None, run: Run) -> dict:
             "layers": [[part.start, part.stop] for part in layers]}  # fmt: skip
 
 
-def check_memory(grids: list[Grid], run: Run, plan: Plan, available: int) -> None:
-    """Raise ValueError if no grid's processes have room for weights, features and activations in so many bytes."""
-    shape, least = shape_of(run), None
+def grids_that_fit(grids: list[Grid], run: Run, plan: Plan, available: int) -> list[Grid]:
+    """Those whose processes have room in so many bytes each for weights, features, activations and the VAE.
+
+    The text encoder comes before all these, on the head alone. Raises ValueError if none has.
+    """
+    folder, shape, needed = open_folder(run.model), shape_of(run), []
+    vae = 4 * num_elements(folder, "vae")
     for grid in grids:
         layers = split_layers([1.0] * shape.num_layers, grid.num_stages)
-        needed = max(memory(plan, grid, layers, shape), key=lambda parts: sum(parts.values()))
-        least = min(least or needed, needed, key=lambda parts: sum(parts.values()))
-    if sum(least.values()) > available:
+        head, *others = memory(plan, grid, layers, shape)
+        needed.append(max(({**head, "VAE": vae}, *others), key=lambda parts: sum(parts.values())))
+    encoder = {"text encoder": shape.bytes_per_element * num_elements(folder, "text_encoder")}
+    needed = [max(parts, encoder, key=lambda parts: sum(parts.values())) for parts in needed]
+    fitting = [grid for grid, parts in zip(grids, needed, strict=True) if sum(parts.values()) <= available]
+    if not fitting:
+        least = min(needed, key=lambda parts: sum(parts.values()))
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in least.items())
         raise ValueError(f"a process needs {sum(least.values()) / 2**30:.1f} GiB ({parts}) and its GPU has "
                          f"{available / 2**30:.1f}; use more processes (--nproc), smaller --height and --width, fewer "
                          "steps, or --dtype bfloat16")  # fmt: skip
+    return fitting
 
 
 def check_gpus(how: Launch, run: Run, plan: Plan, grids: list[Grid]) -> None:
@@ -148,7 +157,7 @@ def check_gpus(how: Launch, run: Run, plan: Plan, grids: list[Grid]) -> None:
     if run.device.startswith("cuda") and how.num_processes > num_gpus:
         raise ValueError(f"nproc={how.num_processes} is more than the {num_gpus} GPUs here; use --nproc {num_gpus}")
     if run.device.startswith("cuda"):
-        check_memory(grids, run, plan, torch.cuda.get_device_properties(run.device).total_memory)
+        grids_that_fit(grids, run, plan, torch.cuda.get_device_properties(run.device).total_memory)
 
 
 def keeping_of(
@@ -176,6 +185,9 @@ def taken_part(task: Task, *, whole: bool, lost: Callable[[str], None]) -> Itera
         check_alike(task.run)
         task = from_rank(0, lambda: task).on(device)
         grids, last = grids_of(dist.get_world_size(), task.run, task.asked), dist.get_world_size() - 1
+        if device.startswith("cuda"):
+            available = min(from_all(torch.cuda.get_device_properties(device).total_memory))
+            grids = grids_that_fit(grids, task.run, task.request.plan(), available)
         link = measured_link(last, torch.device(device))
         encoded = attempted(task.encode) if dist.get_rank() == 0 else list  # while the last process measures
         layout = from_rank(last, lambda: layout_of(grids, task.run, task.judged_plan(whole=whole), link))
