@@ -15,13 +15,27 @@ from longvid.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that will happen, in order. `num_ready` blocks are clean from the start (an image, an extended video)."""
+    """All that will happen, in order. `num_ready` blocks are clean from the start (an image, an extended video).
+
+    A plan of several videos (`longvid.interleave`) has the blocks of all: number `b * num_videos + v` is block `b` of
+    video `v`.
+    """
 
     method: Method
     block_sizes: tuple[int, ...]
     num_ready: int
     schedule: Schedule
     passes: tuple[Pass, ...]
+    num_videos: int = 1
+
+    def address(self, block: int) -> tuple[int, int]:
+        """The video that a block belongs to, and which of that video's blocks it is."""
+        number, video = divmod(block, self.num_videos)
+        return video, number
+
+    def video(self, p: Pass) -> int:
+        """The video that a pass belongs to."""
+        return p.covers[0].block % self.num_videos
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -30,13 +44,13 @@ class Plan:
 
     @property
     def num_latents(self) -> int:
-        """Latents of the whole video, ready ones included."""
+        """Latents of all that is made, ready ones included."""
         return sum(self.block_sizes)
 
     @property
     def num_frames(self) -> int:
-        """Pixel frames of the whole video: one of the first latent, four of each other."""
-        return 4 * (self.num_latents - 1) + 1
+        """Pixel frames of all that is made: one of a video's first latent, four of each other."""
+        return 4 * (self.num_latents - self.num_videos) + self.num_videos
 
 
 def num_latents_of(num_frames: int) -> int:

@@ -29,6 +29,7 @@ def noise_of(plan: Plan, seed: int, channels: int, height: int, width: int) -> N
 
     def noise(block: int, step: int | None) -> Latents:
         shape = (1, channels, plan.block_sizes[block], height, width)
+        block = plan.address(block)[1]  # videos of one plan begin with the same noise, as they do alone
         if step is None and method.noise is Noise.COORDINATED:
             return coordinated_noise(seed, block, shape, method.block_size, method.left)
         return block_noise(seed, block, shape, step)
@@ -79,7 +80,9 @@ class Queue:
         for block in p.emits:
             if not self.latents[block].isfinite().all():
                 origin, step = next(place for place, finite in self.finite.items() if not finite)
-                raise FloatingPointError(f"the latents of block {origin} are not finite after step {step}")
+                video, number = self.plan.address(origin)
+                of = f" of video {video + 1}" if self.plan.num_videos > 1 else ""
+                raise FloatingPointError(f"the latents of block {number}{of} are not finite after step {step}")
             for step in range(self.steps[block]):
                 del self.finite[block, step]
             yield block, self.latents[block]

@@ -16,11 +16,12 @@ from parallel.split import split_layers
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What sizes depend on: tokens and channels of a latent, and the width and depth of the model."""
+    """What sizes depend on: tokens of a latent, rows of them and channels, and the width and depth of the model."""
 
     num_layers: int
     dim: int
     ffn_dim: int
+    num_rows: int
     tokens_per_latent: int
     latent_bytes: int
     bytes_per_element: int
@@ -29,6 +30,10 @@ class ModelShape:
     def hidden_bytes(self) -> int:
         """Hidden states of a latent: what goes from stage to stage."""
         return self.tokens_per_latent * self.dim * self.bytes_per_element
+
+    def exchanged_bytes(self, num_bands: int) -> float:
+        """What a process sends to the other bands for a latent and a layer: queries, keys and values, and back."""
+        return 4 * self.hidden_bytes * (num_bands - 1) / num_bands**2
 
     @property
     def layer_bytes(self) -> int:
@@ -41,7 +46,8 @@ class Costs:
     """Time of a pass through a layer, `fixed + per_latent n + per_pair n (n + context)` for n latents, and of the rest.
 
     `first` and `last` are per latent: embedding; unembedding and solver. `decode` is per latent that leaves. A message
-    takes `latency` and its bytes over `bandwidth` (bytes per unit of time).
+    takes `latency` and its bytes over `bandwidth` (bytes per unit of time). Bands share what grows with the latents,
+    but for `last`, whose solver is the head's, and a layer has two exchanges besides.
     """
 
     fixed: float = 0.0
@@ -58,10 +64,16 @@ class Costs:
             if not getattr(self, name) >= 0 or (name == "bandwidth" and not self.bandwidth > 0):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative, and bandwidth more than 0; try 1")
 
-    def layer(self, p: Pass) -> float:
-        """A layer's time for a pass."""
+    def layer(self, p: Pass, num_bands: int = 1) -> float:
+        """A layer's time for a pass, without exchanges."""
         n = p.num_latents
-        return self.fixed + self.per_latent * n + self.per_pair * n * (n + p.num_context)
+        return self.fixed + (self.per_latent * n + self.per_pair * n * (n + p.num_context)) / num_bands
+
+    def exchange(self, p: Pass, num_bands: int, shape: ModelShape) -> float:
+        """A layer's exchanges for a pass: to heads and back."""
+        if num_bands == 1:
+            return 0.0
+        return 2 * self.latency + p.num_latents * shape.exchanged_bytes(num_bands) / self.bandwidth
 
     def hop(self, num_bytes: float) -> float:
         """A message's time."""
@@ -82,12 +94,13 @@ def feeding_order(plan: Plan) -> list[int]:
     return after
 
 
-def best_split(plan: Plan, grid: Grid, costs: Costs, num_layers: int) -> list[range]:
+def best_split(plan: Plan, grid: Grid, costs: Costs, shape: ModelShape) -> list[range]:
     """Layers of each stage such that the busiest stage has least to do; the head's decoding counts."""
-    layer = sum(costs.layer(p) for p in plan.passes) / grid.num_lanes
+    k = grid.num_bands
+    layer = sum(costs.layer(p, k) + costs.exchange(p, k, shape) for p in plan.passes) / grid.num_lanes
     through = sum(p.num_latents for p in plan.passes) / grid.num_lanes
     decoded = plan.num_latents - sum(plan.block_sizes[: plan.num_ready])
-    return split_layers([layer] * num_layers, grid.num_stages, first=costs.first * through,
+    return split_layers([layer] * shape.num_layers, grid.num_stages, first=costs.first * through / k,
                         last=costs.last * through + costs.decode * decoded)  # fmt: skip
 
 
@@ -132,37 +145,38 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
     """When each pass goes through each process, by the rules of `parallel.execute.carry_out`.
 
     A process takes its passes in order, each when its input is there; messages overlap work. The head feeds a pass once
-    `feeding_order` allows, takes the answers of all passes in order, and decodes what leaves before it goes on.
+    `feeding_order` allows, takes the answers of all passes in order, and decodes what leaves before it goes on. The
+    bands of a stage go in step, since they exchange in every layer; their messages are parts of a whole one.
     """
-    num_stages, num_lanes, order = grid.num_stages, grid.num_lanes, feeding_order(plan)
+    num_stages, num_lanes, order, k = grid.num_stages, grid.num_lanes, feeding_order(plan), grid.num_bands
     depth = np.array([len(part) for part in layers], float)
     starts = np.full((grid.world_size, len(plan.passes)), np.nan)
     ends = starts.copy()
-    ranks = [[grid.rank(lane, stage) for stage in range(num_stages)] for lane in range(num_lanes)]
+    ranks = [[[grid.rank(lane, stage, band) for band in range(k)] for stage in range(num_stages)]
+             for lane in range(num_lanes)]  # fmt: skip
     free = np.zeros((num_lanes, num_stages))
     sent, decodes = np.zeros(grid.world_size), []
     complete, fed = np.zeros(len(plan.passes)), 0.0
     for i, p in enumerate(plan.passes):
         lane = p.lane if num_lanes > 1 else 0
         n = p.num_latents
-        latents, hidden = n * shape.latent_bytes, n * shape.hidden_bytes
+        latents, hidden = n * shape.latent_bytes / k, n * shape.hidden_bytes / k
         fed = max(fed, complete[order[i]] if order[i] >= 0 else 0.0)
-        is_abroad = ranks[lane][0] != 0
-        work = depth * costs.layer(p)
-        work[0] += costs.first * n
+        is_abroad = ranks[lane][0][0] != 0
+        work = depth * (costs.layer(p, k) + costs.exchange(p, k, shape))
+        work[0] += costs.first * n / k
         work[-1] += costs.last * n
         before = np.concatenate([[0.0], np.cumsum(work[:-1] + costs.hop(hidden))])
         ready = free[lane] - before
-        ready[0] = max(ready[0], fed + (costs.hop(latents) if is_abroad else 0.0))
+        ready[0] = max(ready[0], fed + (costs.hop(latents) if is_abroad or k > 1 else 0.0))
         begin = np.maximum.accumulate(ready) + before
-        starts[ranks[lane], i], ends[ranks[lane], i] = begin, begin + work
+        starts[ranks[lane], i], ends[ranks[lane], i] = begin[:, None], (begin + work)[:, None]
         free[lane] = begin + work
-        sent[0] += latents * is_abroad
+        sent[0] += latents * (k if is_abroad else k - 1)
         sent[ranks[lane][:-1]] += hidden
-        answer = free[lane, -1]
-        if lane:
-            sent[ranks[lane][-1]] += latents
-            answer += costs.hop(latents)
+        sent[ranks[lane]] += depth[:, None] * n * shape.exchanged_bytes(k)
+        sent[[rank for rank in ranks[lane][-1] if rank]] += latents
+        answer = free[lane, -1] + (costs.hop(latents) if lane or k > 1 else 0.0)
         head = max(free[0, -1], answer)
         complete[i] = head
         for block in p.emits:
@@ -191,16 +205,17 @@ def memory(plan: Plan, grid: Grid, layers: Sequence[range], shape: ModelShape) -
     """Bytes of weights of the layers, of kept features and of activations, of each process, by rank.
 
     Activations are those of one pass through one layer: hidden states, queries, keys, values and the feed-forward's
-    inside, and the context's features joined. The ends, text encoder and VAE come on top.
+    inside, and the context's features joined. Bands share features and activations, not weights. The ends, text encoder
+    and VAE come on top.
     """
-    tokens = shape.tokens_per_latent * shape.bytes_per_element
+    tokens = shape.tokens_per_latent * shape.bytes_per_element / grid.num_bands
     widest = max(p.num_latents * (8 * shape.dim + 2 * shape.ffn_dim) + 4 * p.num_context * shape.dim
                  for p in plan.passes)  # fmt: skip
-    features = 2 * shape.dim * tokens * peak_features(plan) // grid.num_lanes
+    features = int(2 * shape.dim * tokens * peak_features(plan) / grid.num_lanes)
     found = []
     for rank in range(grid.world_size):
         depth = len(layers[grid.place(rank).stage])
         found.append(
-            {"weights": depth * shape.layer_bytes, "features": depth * features, "activations": widest * tokens}
+            {"weights": depth * shape.layer_bytes, "features": depth * features, "activations": int(widest * tokens)}
         )
     return found

@@ -1,11 +1,12 @@
 """Carries a plan out on this process's part: the plan's passes in their order, on its layers, for its lanes.
 
-The head (the last stage of lane 0) holds latents, noise and solver state. It hands the first stage of each lane the
-latents of a pass as soon as every earlier pass that changes them is done; hidden states go from stage to stage, the
-velocity of another lane back to the head; features never leave their process. What is sent, and in which order, follows
-from the plan alone, so each edge is first in, first out; a pass that comes tells that all which had to be done before
-its latents could be taken has arrived everywhere. It computes what `longvid.sampler.sample` computes, to the
-bit: only where a layer runs differs.
+The head (the last stage of lane 0, first band) holds latents, noise and solver state. It hands the first stage of each
+lane the latents of a pass as soon as every earlier pass that changes them is done; hidden states go from stage to
+stage, the velocity of another lane or band back to the head; features never leave their process. What is sent, and in
+which order, follows from the plan alone, so each edge is first in, first out; a pass that comes tells that all which
+had to be done before its latents could be taken has arrived everywhere. It computes what `longvid.sampler.sample`
+computes, to the bit: only where a layer runs differs. Where a stage is cut in bands, matrices are cut, and what comes
+out is the same but for rounding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from longvid.flow import guide
+from longvid.models.attention import Exchange
 from longvid.models.cache import Cache
 from longvid.models.dit import DiT, TextFeatures
 from longvid.passes import Pass
@@ -24,7 +26,8 @@ from longvid.plan import Plan
 from longvid.sampler import NoiseOf, Point, Queue, timesteps_of
 from longvid.types import Latents
 from parallel.cost import feeding_order
-from parallel.grid import Grid
+from parallel.exchange import Ulysses
+from parallel.grid import Grid, cut_rows, row_ranges
 from parallel.link import Local, Message, Receiver, Sender
 
 T = TypeVar("T")
@@ -34,17 +37,21 @@ T = TypeVar("T")
 class Stage:
     """This process's place on the grid, its layers and its links.
 
-    `source` brings what its layers are applied to, `target` takes what they give. The head has besides `feeds`, one
-    for each lane of the grid, and `answers`, which bring the velocities of the other lanes; its target is itself.
+    `rows` are the rows of patches of each band. `source` brings what its layers are applied to, `target` takes what
+    they give. The head has besides `feeds`, which take latents, and `answers`, which bring velocities, by lane of the
+    grid and by band; its target is itself.
     """
 
     grid: Grid
     layers: range
+    rows: tuple[int, ...]
+    band: int
     lane: int | None
+    exchange: Exchange
     source: Receiver | Local
     target: Sender | Local
-    feeds: tuple[Sender | Local, ...] = ()
-    answers: tuple[Receiver, ...] = ()
+    feeds: tuple[tuple[Sender | Local, ...], ...] = ()
+    answers: tuple[tuple[Receiver | Local, ...], ...] = ()
 
     @property
     def is_head(self) -> bool:
@@ -52,40 +59,69 @@ class Stage:
         return bool(self.feeds)
 
     @property
-    def num_lanes(self) -> int:
-        """Lanes of the grid."""
-        return self.grid.num_lanes
+    def outgoing(self) -> list[Sender | Local]:
+        """The links that it sends over, each once."""
+        links = (self.target, *(link for of_lane in self.feeds for link in of_lane))
+        return list({id(link): link for link in links}.values())
 
     @property
     def num_bytes(self) -> int:
         """Bytes sent to other processes."""
-        return sum(link.num_bytes for link in {id(link): link for link in (self.target, *self.feeds)}.values())
+        return sum(link.num_bytes for link in self.outgoing) + self.exchange.num_bytes
 
     @property
     def num_held(self) -> int:
         """Tensors held for one of its links, at most, since they may be under way."""
-        return max(link.num_held for link in (self.target, *self.feeds))
+        return max(link.num_held for link in self.outgoing)
 
     @property
     def waited_s(self) -> float:
-        """Seconds spent waiting for other processes."""
-        return sum(link.waited_s for link in (self.source, *self.answers))
+        """Seconds spent waiting for other processes, exchanges within a stage included."""
+        links = (self.source, *(link for of_lane in self.answers for link in of_lane))
+        return sum(link.waited_s for link in {id(link): link for link in links}.values()) + self.exchange.waited_s
+
+    def lane_of(self, p: Pass) -> int:
+        """The lane of the grid that a pass goes through."""
+        return p.lane if self.grid.num_lanes > 1 else 0
 
     def runs(self, p: Pass) -> bool:
         """Whether a pass goes through this process's layers."""
         return self.lane is None or self.lane == p.lane
 
 
-def make_stage(grid: Grid, layers: Sequence[range], device: torch.device) -> Stage:
+def make_stage(grid: Grid, layers: Sequence[range], num_rows: int, device: torch.device) -> Stage:
     """Link this process with those that it works with, and warm the links up. Every process must call it.
 
-    `layers` are those of each stage.
+    `layers` are those of each stage, `num_rows` the rows of patches of a latent.
 
     Raises ValueError unless there are as many processes as the grid has places.
     """
-    rank = dist.get_rank()
+    rank, rows = dist.get_rank(), cut_rows(num_rows, grid.num_bands)
     if dist.get_world_size() != grid.world_size:
         raise ValueError(f"a grid of {grid.world_size} on {dist.get_world_size()} processes: they must be equal")
+    senders, receivers = _links(grid, rank, device)
+    place = grid.place(rank)
+    common = {"grid": grid, "layers": layers[place.stage], "rows": rows, "band": place.band, "lane": place.lane,
+              "exchange": _exchange(grid, rank, rows, device)}  # fmt: skip
+    last = grid.num_stages - 1
+    if rank:
+        lane = place.lane or 0
+        before = 0 if place.stage == 0 else grid.rank(lane, place.stage - 1, place.band)
+        after = 0 if place.stage == last else grid.rank(lane, place.stage + 1, place.band)
+        return Stage(**common, source=receivers[before], target=senders[after])
+    itself, end = Local(), Local()
+    ways = [[(lane, band) for band in range(grid.num_bands)] for lane in range(grid.num_lanes)]
+    return Stage(
+        **common, target=end,
+        source=itself if grid.num_stages == 1 else receivers[grid.rank(0, last - 1)],
+        feeds=tuple(tuple(senders.get(grid.rank(lane, 0, band), itself) for lane, band in way) for way in ways),
+        answers=tuple(tuple(end if lane == band == 0 else receivers[grid.rank(lane, last, band)] for lane, band in way)
+                      for way in ways),
+    )  # fmt: skip
+
+
+def _links(grid: Grid, rank: int, device: torch.device) -> tuple[dict[int, Sender], dict[int, Receiver]]:
+    """This process's ends of its links by the rank at the other, each tried once."""
     senders: dict[int, Sender] = {}
     receivers: dict[int, Receiver] = {}
     for sender, receiver in grid.edges():
@@ -104,23 +140,34 @@ def make_stage(grid: Grid, layers: Sequence[range], device: torch.device) -> Sta
     for link in senders.values():
         link.flush()
         link.num_bytes = 0
-    place = grid.place(rank)
-    if rank:
-        lane = place.lane or 0
-        before = 0 if place.stage == 0 else grid.rank(lane, place.stage - 1)
-        after = 0 if place.stage == grid.num_stages - 1 else grid.rank(lane, place.stage + 1)
-        return Stage(
-            grid=grid, layers=layers[place.stage], lane=place.lane, source=receivers[before], target=senders[after]
-        )
-    itself = Local()
-    firsts = [grid.rank(lane, 0) for lane in range(grid.num_lanes)]
-    last = grid.num_stages - 1
-    return Stage(
-        grid=grid, layers=layers[place.stage], lane=place.lane, target=Local(),
-        source=itself if grid.num_stages == 1 else receivers[grid.rank(0, last - 1)],
-        feeds=tuple(senders.get(first, itself) for first in firsts),
-        answers=tuple(receivers[grid.rank(lane, last)] for lane in range(1, grid.num_lanes)),
-    )  # fmt: skip
+    return senders, receivers
+
+
+def _exchange(grid: Grid, rank: int, rows: tuple[int, ...], device: torch.device) -> Exchange:
+    """How this process's attention finds the other bands, tried once."""
+    found = Exchange()
+    for peers in grid.peers() if grid.num_bands > 1 else ():
+        group = dist.new_group(list(peers))
+        if rank in peers:
+            found = Ulysses(group, rows, rank - peers.start)
+            found.by_tokens(torch.zeros(1, 1, sum(rows), 1, 1, device=device))
+            found.num_bytes, found.waited_s = 0, 0.0
+    return found
+
+
+def attempted(make: Callable[[], T]) -> Callable[[], T]:
+    """Make it now; a call that gives what came of it, or raises the ValueError that did."""
+    try:
+        found = make()
+    except ValueError as error:
+        found = error
+
+    def give() -> T:
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    return give
 
 
 def from_rank(rank: int, make: Callable[[], T]) -> T:
@@ -180,7 +227,8 @@ def carry_out(
             x = stage.source.receive()
             with during(p):
                 context = cache.context(p)
-                y, features = part(x, timesteps_of(p, device), text(p), context, fps=fps, keep=bool(p.writes))
+                y, features = part(x, timesteps_of(p, device), text(p), context, fps=fps, keep=bool(p.writes),
+                                   exchange=stage.exchange)  # fmt: skip
                 cache = cache.after(p, features)
             stage.target.send(y, i, order[i])
             del x, y, features, context
@@ -190,7 +238,7 @@ def carry_out(
             yield from head.finish(i)
         if p.emits:
             reached(Point(done=i + 1, cache=cache, queue=queue))
-    for link in (stage.target, *stage.feeds):
+    for link in stage.outgoing:
         link.flush()
 
 
@@ -206,8 +254,8 @@ class _Head:
     def finish(self, i: int) -> Iterator[tuple[int, Latents]]:
         """A solver step, if this pass was the last lane of it; the blocks that leave then."""
         p = self.plan.passes[i]
-        answer = self.stage.target if self.stage.runs(p) else self.stage.answers[p.lane - 1]
-        self.lanes[p.lane] = answer.receive()
+        answers = [link.receive() for link in self.stage.answers[self.stage.lane_of(p)]]
+        self.lanes[p.lane] = torch.cat(answers, 3) if len(answers) > 1 else answers[0]
         if p.updates:
             scale = self.plan.method.guidance_scale
             guided = guide(self.lanes[1], self.lanes[0], scale) if len(self.lanes) > 1 else self.lanes[0]
@@ -218,29 +266,33 @@ class _Head:
     def _feed(self, done: int) -> None:
         """Send what may go now that the passes up to `done` are complete."""
         while self.next < len(self.after) and self.after[self.next] <= done:
-            p, feeds = self.plan.passes[self.next], self.stage.feeds
-            feeds[p.lane if len(feeds) > 1 else 0].send(self.queue.gather(p), self.next, done)
+            p = self.plan.passes[self.next]
+            latents, num_rows = self.queue.gather(p), sum(self.stage.rows)
+            feeds, per_row = self.stage.feeds[self.stage.lane_of(p)], latents.shape[3] // num_rows
+            for link, rows in zip(feeds, row_ranges(num_rows, len(feeds)), strict=True):
+                link.send(latents[:, :, :, rows.start * per_row : rows.stop * per_row], self.next, done)
             self.next += 1
 
 
 def _expect(plan: Plan, part: DiT, stage: Stage, size: tuple[int, int, int], done: int) -> None:
     """Tell the links what will come from the pass `done` on."""
-    passes = plan.passes[done:]
-    stage.source.expect([_input_of(p, part, size) for p in passes if stage.runs(p)])
-    for lane, link in enumerate(stage.answers, 1):
-        link.expect([_latents_of(p, size) for p in passes if p.lane == lane])
+    passes, num_rows = plan.passes[done:], sum(stage.rows)
+    per_row = size[1] // num_rows
+    stage.source.expect([_input_of(p, part, size, stage.rows[stage.band]) for p in passes if stage.runs(p)])
+    for lane, of_lane in enumerate(stage.answers):
+        through = [p for p in passes if stage.lane_of(p) == lane]
+        for link, rows in zip(of_lane, stage.rows, strict=True):
+            link.expect([_latents_of(p, size, rows * per_row) for p in through])
 
 
-def _latents_of(p: Pass, size: tuple[int, int, int]) -> Message:
-    """Latents that a pass covers, or their velocity."""
-    channels, height, width = size
-    return (1, channels, p.num_latents, height, width), torch.float32
+def _latents_of(p: Pass, size: tuple[int, int, int], height: int) -> Message:
+    """So many rows of the latents that a pass covers, or of their velocity."""
+    return (1, size[0], p.num_latents, height, size[2]), torch.float32
 
 
-def _input_of(p: Pass, part: DiT, size: tuple[int, int, int]) -> Message:
-    """What a stage receives for a pass: latents on the first, hidden states on the others."""
-    if part.is_first:
-        return _latents_of(p, size)
+def _input_of(p: Pass, part: DiT, size: tuple[int, int, int], rows: int) -> Message:
+    """What a stage receives for a pass: rows of latents on the first, of hidden states on the others."""
     _, height, width = part.config.patch_size
-    hidden = (1, p.num_latents, size[1] // height, size[2] // width, part.config.dim)
-    return hidden, part.proj_dtype
+    if part.is_first:
+        return _latents_of(p, size, rows * height)
+    return (1, p.num_latents, rows, size[2] // width, part.config.dim), part.proj_dtype

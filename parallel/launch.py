@@ -59,11 +59,14 @@ class Launch:
         return self.num_processes * self.num_machines
 
 
-def launch(module: str, words: Sequence[str], how: Launch) -> int:
+def launch(main: Callable[[list[str]], int], module: str, words: Sequence[str], how: Launch, *, fork: bool) -> int:
     """Run `python -m module words...` as the processes of this machine, in one group with all; returns an exit code.
 
-    That is 0, or that of the process that failed first; all others are ended then. Raises ChildProcessError if a signal
-    ended it, KeyboardInterrupt if one was to end this process, and ValueError if the machines do not meet.
+    With `fork` they are copies of this process that call `main(words)`, which saves them their imports. This process
+    must not have used a GPU then, nor more than one thread for arithmetic, since neither survives being copied.
+
+    The code is 0, or that of the process that failed first; all others are ended then. Raises ChildProcessError if a
+    signal ended it, KeyboardInterrupt if one was to end this process, and ValueError if the machines do not meet.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -75,12 +78,15 @@ def launch(module: str, words: Sequence[str], how: Launch) -> int:
         rdzv_backend="c10d" if alone else "static", rdzv_endpoint="localhost:0" if alone else how.endpoint,
         rdzv_configs={} if alone else {"rank": how.machine, "timeout": how.meet_s},
         run_id=secrets.token_hex(8) if alone else "longvid", max_restarts=how.max_restarts,
-        shutdown_timeout=SHUTDOWN_S,
+        shutdown_timeout=SHUTDOWN_S, start_method="fork",
     )  # fmt: skip
     os.environ["OMP_NUM_THREADS"] = str(how.threads)
     logging.disable(logging.CRITICAL)  # the processes speak for themselves
     try:
-        elastic_launch(config, sys.executable)("-m", module, *words)
+        if fork:
+            elastic_launch(config, _be_forked)(main, list(words), how.threads)
+        else:
+            elastic_launch(config, sys.executable)("-m", module, *words)
     except ChildFailedError as error:
         failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
         if failures[0].exitcode < 0:
@@ -96,6 +102,17 @@ def launch(module: str, words: Sequence[str], how: Launch) -> int:
     finally:
         logging.disable(logging.NOTSET)
     return 0
+
+
+def _be_forked(main: Callable[[list[str]], int], words: list[str], threads: int) -> None:
+    """What a copy of the launching process does: forget that it was one, and leave with the code of `main`."""
+    logging.disable(logging.NOTSET)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(threads)
+    code = main(words)
+    sys.stdout.flush()
+    if code:
+        raise SystemExit(code)
 
 
 def threads_each(num_processes: int) -> int:

@@ -16,17 +16,24 @@ from torch import Tensor
 Message = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of what is sent."""
 
+LARGE = 2**22
+"""Bytes of a message by which bandwidth is measured."""
+
 AHEAD = 2
 """Messages for which a receive is posted before they are needed."""
 
 
 @contextmanager
-def _said_plainly(peer: int):
+def said_plainly(other: str):
     """What torch says of a connection that broke, in words for people."""
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError(f"the process of rank {peer}, which this one works with, is gone or hangs") from error
+        raise ConnectionError(f"{other} is gone or hangs") from error
+
+
+def _works_with(peer: int) -> str:
+    return f"the process of rank {peer}, which this one works with,"
 
 
 class Sender:
@@ -47,7 +54,7 @@ class Sender:
         for, which takes no time then: gloo calls no send completed before that.
         """
         x = x.contiguous()
-        with _said_plainly(self.to):
+        with said_plainly(_works_with(self.to)):
             while self._going and self._going[0][0] <= arrived:
                 self._going.popleft()[1].wait()
             self._going.append((index, dist.isend(x, self.to, group=self.group), x))
@@ -60,7 +67,7 @@ class Sender:
 
     def flush(self) -> None:
         """Wait until everything has gone."""
-        with _said_plainly(self.to):
+        with said_plainly(_works_with(self.to)):
             while self._going:
                 self._going.popleft()[1].wait()
 
@@ -85,7 +92,7 @@ class Receiver:
         """The oldest message expected."""
         work, x = self._coming.popleft()
         start = time.perf_counter()
-        with _said_plainly(self.source):
+        with said_plainly(_works_with(self.source)):
             work.wait()
         self.waited_s += time.perf_counter() - start
         self._post()
@@ -94,8 +101,30 @@ class Receiver:
     def _post(self) -> None:
         if (message := next(self._expected, None)) is not None:
             x = torch.empty(message[0], dtype=message[1], device=self.device)
-            with _said_plainly(self.source):
+            with said_plainly(_works_with(self.source)):
                 self._coming.append((dist.irecv(x, self.source, group=self.group), x))
+
+
+def measured_link(rank: int, device: torch.device, repeats: int = 5) -> tuple[float, float]:
+    """Latency in seconds and bandwidth in bytes a second between rank 0 and another, the same on both.
+
+    The rank 0 answers each message of the other with one of equal size. All processes may call it.
+    """
+    times = []
+    for size in (1, LARGE) if rank else ():
+        x, spent = torch.zeros(size, dtype=torch.uint8, device=device), []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            if dist.get_rank() == rank:
+                dist.send(x, 0)
+                dist.recv(x, 0)
+            elif dist.get_rank() == 0:
+                dist.recv(x, rank)
+                dist.send(x, rank)
+            int(x[0])  # a GPU has it only then
+            spent.append(time.perf_counter() - start)
+        times.append(min(spent[1:]) / 2)
+    return (times[0], LARGE / max(times[1] - times[0], 1e-9)) if times else (0.0, float("inf"))
 
 
 class Local:

@@ -20,22 +20,30 @@ from pipelines.record import versions
 
 RESULTS, TABLE = "results.jsonl", "table.md"
 
+LAYOUTS = {
+    "fastest": (),
+    "stages": ("--no-cfg-parallel", "--sequence-parallel", "1"),
+    "lanes": ("--cfg-parallel", "--sequence-parallel", "1"),
+    "sequence": ("--no-cfg-parallel", "--sequence-parallel", "{nproc}"),
+}
+"""What several processes share, and the flags that say so; the cost model chooses the fastest."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is run. `cfg_parallel` None leaves the layout to the cost model; `words` are further flags of generate."""
+    """What is run; `layout` is one of `LAYOUTS`, `words` are further flags of generate."""
 
     model: str | None
     method: str | None
     nproc: int
     threads: int | None
-    cfg_parallel: bool | None
+    layout: str
     words: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """Short, and different for each case of a sweep."""
-        layout = {None: "", True: "-lanes", False: "-stages"}[self.cfg_parallel]
+        layout = "" if self.layout == "fastest" else f"-{self.layout}"
         model = Path(self.model).name if self.model else "embedded"
         return f"{model}-{self.method or 'default'}-{self.nproc}{layout}"
 
@@ -44,9 +52,7 @@ class Case:
         """The flags of `longvid generate`."""
         given = {"--model": self.model, "--method": self.method, "--nproc": self.nproc, "--threads": self.threads}
         flags = [str(word) for flag, value in given.items() if value is not None for word in (flag, value)]
-        if self.cfg_parallel is not None:
-            flags.append("--cfg-parallel" if self.cfg_parallel else "--no-cfg-parallel")
-        return [*flags, *self.words]
+        return [*flags, *(word.format(nproc=self.nproc) for word in LAYOUTS[self.layout]), *self.words]
 
 
 def cases(
@@ -54,17 +60,19 @@ def cases(
     models: Sequence[str | None],
     methods: Sequence[str | None],
     nprocs: Sequence[int],
-    layouts: Sequence[bool | None],
+    layouts: Sequence[str],
     threads: int | None,
     words: Sequence[str],
 ) -> list[Case]:
-    """All combinations. One process has one layout. Raises ValueError for two cases of one name."""
+    """All combinations. One process has one layout. Raises ValueError for unknown layouts and two cases of one name."""
     found = []
+    if unknown := [name for name in layouts if name not in LAYOUTS]:
+        raise ValueError(f"layout {unknown[0]!r} is unknown; use {', '.join(LAYOUTS)}")
     for model in models:
         for method in methods:
             for nproc in nprocs:
-                for layout in layouts if nproc > 1 else [None]:
-                    found.append(Case(model=model, method=method, nproc=nproc, threads=threads, cfg_parallel=layout,
+                for layout in layouts if nproc > 1 else ["fastest"]:
+                    found.append(Case(model=model, method=method, nproc=nproc, threads=threads, layout=layout,
                                       words=tuple(words)))  # fmt: skip
     names = [case.name for case in found]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -31,7 +31,8 @@ def shape_of(run: Run) -> ModelShape:
     patch = config.get("patch_size", [1, 2, 2])
     return ModelShape(
         num_layers=config["num_layers"], dim=config["num_attention_heads"] * config["attention_head_dim"],
-        ffn_dim=config["ffn_dim"], tokens_per_latent=(height // patch[1]) * (width // patch[2]),
+        ffn_dim=config["ffn_dim"], num_rows=height // patch[1],
+        tokens_per_latent=(height // patch[1]) * (width // patch[2]),
         latent_bytes=4 * config["in_channels"] * height * width, bytes_per_element=2 if run.dtype == "bfloat16" else 4,
     )  # fmt: skip
 

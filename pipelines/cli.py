@@ -7,12 +7,15 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from pipelines.carry_out import EXIT_DONE, Broken, print_lines
 from pipelines.flags import EXIT_WRONG_REQUEST, parser
-from pipelines.make import EXIT_DONE, Broken, is_worker, make, print_lines, use_threads
+from pipelines.make import degrees_of, is_worker, make, use_threads
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+DEGREES = ("stages", "sequence_parallel", "cfg_parallel")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,10 +76,26 @@ def _generate(options: argparse.Namespace) -> int:
     if options.resume:
         return _resume(options)
     use_threads(options.threads)
-    from pipelines.configure import configure
+    request, run = _configured(options)
+    notes = {"prompts_file": options.prompts_file} if options.prompts_file else {}
+    return make(options, request, run, num_frames=run.num_frames, source=run.image, notes=notes)
 
-    run = configure(**_request(options))
-    return make(options, run, run, num_frames=run.num_frames, source=run.image, notes={})
+
+def _configured(options: argparse.Namespace, **more):
+    """What a generate or a plan asks for: a run, or several of a file's prompts; and the (first) run."""
+    from pipelines.configure import configure
+    from pipelines.several import Several, read_prompts
+
+    request = _request(options)
+    if not options.prompts_file:
+        run = configure(**{**more, **request})
+        return run, run
+    if options.prompt is not None:
+        raise ValueError("prompt and prompts_file both say what to show; give one of them")
+    prompts = read_prompts(Path(options.prompts_file))
+    run = configure(**{**more, **request, "prompt": prompts[0]})
+    runs = tuple(replace(run, prompt=prompt) for prompt in prompts)
+    return (Several(runs=runs), run) if len(runs) > 1 else (run, run)
 
 
 def _resume(options: argparse.Namespace) -> int:
@@ -89,12 +108,16 @@ def _resume(options: argparse.Namespace) -> int:
     stored = parser().parse_args(found["command"])
     stored.resume, stored.run_dir, stored.overwrite, stored.goes_on = None, str(folder), True, True
     if options.nproc is not None:
-        stored.nproc, stored.cfg_parallel = options.nproc, options.cfg_parallel
+        for name in ("nproc", *DEGREES):
+            setattr(stored, name, getattr(options, name))
     stored.nnodes, stored.node_rank, stored.rdzv_endpoint = options.nnodes, options.node_rank, options.rdzv_endpoint
     stored.rdzv_timeout = options.rdzv_timeout
     stored.threads = options.threads or found["threads"]  # other numbers of threads may round differently
     stored.max_restarts, stored.quiet = options.max_restarts, options.quiet
     switches = ["--quiet"] if options.quiet else []
+    for name in ("stages", "sequence_parallel"):
+        if getattr(stored, name) is not None:
+            switches += ["--" + name.replace("_", "-"), str(getattr(stored, name))]
     if stored.cfg_parallel is not None:
         switches.append("--cfg-parallel" if stored.cfg_parallel else "--no-cfg-parallel")
     stored.words = ["generate", "--resume", str(folder), "--nproc", str(stored.nproc or 1), *switches]
@@ -115,14 +138,15 @@ def _extend(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     use_threads(options.threads)
-    from pipelines.configure import configure
     from pipelines.show_plan import plan_json, plan_text
+    from pipelines.spread import num_videos_of
 
-    request = {"prompt": "any", **_request(options)}
+    request, run = _configured(options, prompt="any")
     if not options.calibrate:  # a plan is the same for all
-        request |= {"device": "cpu", "dtype": "float32"}
-    run = configure(**request)
-    plan = run.plan()
+        run = replace(run, device="cpu", dtype="float32")
+    if num_videos_of(request) > 1:
+        request = request.for_processes(options.nproc or 1, options.sequence_parallel, None)
+    plan = request.plan()
     if options.nproc is None:
         return print_lines([json.dumps(plan_json(plan))] if options.json else plan_text(plan))
     return _plan_grid(options, run, plan)
@@ -132,14 +156,15 @@ def _plan_grid(options, run, plan) -> int:
     """Simulate a plan on processes: text or JSON, and the chart."""
     from longvid.contact_sheet import write_png
     from parallel.cost import Costs, memory, simulate
-    from parallel.grid import Grid
+    from parallel.grid import Grid, possible_grids
     from parallel.layout import fastest
     from pipelines.calibrate import measured_costs, shape_of
     from pipelines.record import check_file
     from pipelines.show_grid import chart, grid_json, grid_text
-    from pipelines.spread import grids_of
+    from pipelines.spread import limits_of
 
-    grids, shape = grids_of(options.nproc, run, cfg_parallel=options.cfg_parallel), shape_of(run)
+    may_cut_rows, shape = (options.device or "").startswith("cuda"), shape_of(run)
+    grids = possible_grids(options.nproc, limits_of(run), degrees_of(options), may_cut_rows=may_cut_rows)
     if options.chart:
         check_file(Path(options.chart), overwrite=False)
     in_seconds = options.calibrate or options.layer_ms is not None
@@ -169,14 +194,10 @@ def _bench(options: argparse.Namespace) -> int:
         return print_lines(compare(*(read(Path(folder)) for folder in options.folders)))
     if options.folders or not options.out:
         raise ValueError("say where results go: longvid bench --out DIR")
-    layouts = {"fastest": None, "lanes": True, "stages": False}
     asked = {name: value.split(",") if value else [None] for name, value in
              (("models", options.model), ("methods", options.method), ("layouts", options.layout))}  # fmt: skip
-    if unknown := [name for name in asked["layouts"] if name not in layouts]:
-        raise ValueError(f"layout {unknown[0]!r} is unknown; use stages, lanes or fastest")
     if not all(num.isdigit() and int(num) for num in options.nproc.split(",")):
         raise ValueError(f"nproc={options.nproc} must be numbers of at least 1, such as 1,2,4")
-    asked["layouts"] = [layouts[name] for name in asked["layouts"]]
     found = cases(**asked, nprocs=[int(num) for num in options.nproc.split(",")], threads=options.threads,
                   words=shlex.split(options.generate))  # fmt: skip
     out = Path(options.out)

@@ -8,6 +8,7 @@ import numpy as np
 
 from longvid.media import count_frames, probe_video, read_video
 from longvid.plan import Plan, cut_into_blocks, make_plan
+from longvid.types import Text
 from parallel.execute import Stage
 from pipelines.configure import Run
 from pipelines.generate import Models, Observer, encode_frames, load_models, roll
@@ -60,6 +61,7 @@ def extend(
     observer: Observer | None = None,
     stage: Stage | None = None,
     keeping: Keeping | None = None,
+    texts: tuple[Text, ...] = (),
 ) -> Iterator[np.ndarray]:
     """Yield uint8 (n, height, width, 3): every frame of the input at the model's size and rate, then the new ones.
 
@@ -67,9 +69,9 @@ def extend(
     """
     run = extension.run
     read = read_video(extension.video, height=run.height, width=run.width, fps=run.fps)
-    models, observer = load_models(run, stage), observer or Observer()
+    models, observer = load_models(run, stage, texts), observer or Observer()
     if models.vae is None:  # frames are made on the last stage alone
-        return roll(run, extension.plan(), models, [], observer, keeping)
+        return (frames for _, frames in roll(run, extension.plan(), models, [], observer, keeping))
     return _go_on(extension, read, models, observer, keeping)
 
 
@@ -84,4 +86,5 @@ def _go_on(
         yield frames
     history = encode_frames(models.vae, tail)
     ready = list(history.split(list(extension.ready_blocks()), dim=2))
-    yield from roll(run, extension.plan(), models, ready, observer, keeping, shows_ready=False)
+    for _, frames in roll(run, extension.plan(), models, ready, observer, keeping, shows_ready=False):
+        yield frames

@@ -32,6 +32,9 @@ def parser() -> Parser:
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.add_argument("--image", metavar="F", help="plan for a video that starts from a picture")
     _add_grid_flags(plan)
+    for command in (generate, plan):
+        command.add_argument("--prompts-file", metavar="F", help="several prompts, one a line: a video of each, "
+                             "NAME-1.mp4 and so on, made together")  # fmt: skip
     for command in (generate, extend, plan):
         _add_video_flags(command)
     for command in (generate, extend):
@@ -83,7 +86,7 @@ def _add_output_flags(command: argparse.ArgumentParser) -> None:
     output.add_argument("--quiet", action="store_true", help="no progress, no configuration")
     spread = command.add_argument_group("processes")
     spread.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="processes, one per GPU (default: 1)")
-    _add_lanes_flag(spread)
+    _add_degree_flags(spread)
     spread.add_argument("--threads", type=int, metavar="N", help="CPU threads of each process")
     spread.add_argument("--nnodes", type=int, metavar="N", help="machines; start the same command on each")
     spread.add_argument(
@@ -102,7 +105,11 @@ def _add_output_flags(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_lanes_flag(group) -> None:
+def _add_degree_flags(group) -> None:
+    group.add_argument("--stages", type=int, metavar="S", help="parts of the layers (default: what the cost model "
+                       "finds fastest)")  # fmt: skip
+    group.add_argument("--sequence-parallel", type=int, metavar="K", help="processes of each stage that share its "
+                       "tokens and heads (default: 1 on a CPU, on GPUs what the cost model finds fastest)")  # fmt: skip
     group.add_argument("--cfg-parallel", action=argparse.BooleanOptionalAction, default=None,
                        help="half of the processes for each lane of guidance (default: what the cost model finds "
                        "faster)")  # fmt: skip
@@ -111,7 +118,7 @@ def _add_lanes_flag(group) -> None:
 def _add_grid_flags(plan: argparse.ArgumentParser) -> None:
     grid = plan.add_argument_group("on several processes")
     grid.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="simulate the plan on so many processes")
-    _add_lanes_flag(grid)
+    _add_degree_flags(grid)
     grid.add_argument("--calibrate", action="store_true", help="time the model on this machine, for a few seconds")
     grid.add_argument("--layer-ms", type=float, metavar="T", help="a layer's time for a latent (default: 1 unit)")
     grid.add_argument("--decode-ms", type=float, default=0.0, metavar="T", help="the VAE's time for a latent")
@@ -130,7 +137,8 @@ def _add_bench_flags(bench: argparse.ArgumentParser) -> None:
     sweep.add_argument("--model", metavar="M,...", help="model folders (default: the model in the box)")
     sweep.add_argument("--method", metavar="NAME,...", help="methods (default: the model's)")
     sweep.add_argument("--nproc", metavar="N,...", default="1", help="processes (default: 1)")
-    sweep.add_argument("--layout", metavar="L,...", default="fastest", help="stages, lanes (of guidance) or fastest")
+    sweep.add_argument("--layout", metavar="L,...", default="fastest", help="what processes share: stages, lanes "
+                       "(of guidance), sequence (heads) or fastest")  # fmt: skip
     bench.add_argument("--threads", type=int, metavar="N", help="CPU threads of each process")
     bench.add_argument("--repeats", type=int, default=3, metavar="N", help="measured runs of each case (default: 3)")
     bench.add_argument("--no-warm-up", action="store_true", help="count the first run of each case, too")

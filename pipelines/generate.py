@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from einops import rearrange
 
-from longvid.checkpoints.diffusers_folder import Folder, load_dit, load_vae, open_folder, stored_bytes
+from longvid.checkpoints.diffusers_folder import load_dit, load_vae, open_folder, stored_bytes
 from longvid.media import read_image
 from longvid.models.dit import DiT, TextFeatures
 from longvid.models.text import TextEncoder
@@ -17,8 +18,8 @@ from longvid.models.vae import VAE, VAEConfig, VAEState
 from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import noise_of, sample
-from longvid.types import Latents, Video
-from parallel.execute import Stage, carry_out, from_all, from_rank
+from longvid.types import Latents, Text, Video
+from parallel.execute import Stage, carry_out, from_all
 from parallel.snapshot import part_of
 from pipelines.configure import Run, configure
 from pipelines.run_folder import Keeping
@@ -26,6 +27,10 @@ from pipelines.trace import Span, Trace, about
 from pipelines.usage import Usage, peak_memory_mb
 
 __all__ = ["Models", "Observer", "Run", "configure", "generate", "load_models"]
+
+
+TEXTS_KEPT = 32
+"""Prompts whose cross-attention features are kept at once."""
 
 
 class Observer:
@@ -50,7 +55,7 @@ class Observer:
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The networks of a run. Text is encoded already and its encoder gone.
+    """The networks of a run. Text is encoded already and its encoder gone: `text` gives that of a (video, lane).
 
     `latent_size` is channels, height and width, `bytes_read` of the weights' files. With a stage the DiT is its part;
     the VAE, and with it all frames, are on the head alone.
@@ -58,49 +63,54 @@ class Models:
 
     dit: DiT
     vae: VAE | None
-    text: tuple[TextFeatures, ...]
+    text: Callable[[int, int], TextFeatures]
     latent_size: tuple[int, int, int]
     bytes_read: int
     stage: Stage | None = None
 
 
-def load_models(run: Run, stage: Stage | None = None) -> Models:
-    """Read the folder's networks and encode the prompt, one lane per forward that guidance needs.
+def load_models(run: Run, stage: Stage | None = None, texts: tuple[Text, ...] = ()) -> Models:
+    """Read the folder's networks and encode the prompt, unless `texts` are what `encode_prompts` gave already.
 
     Raises ValueError for damaged or wrong weights, and for a prompt that the text encoder would cut.
     """
     folder = open_folder(run.model)
-    dtype = getattr(torch, run.dtype)
-    if stage is None:
-        states, layers = encode_prompts(folder, run, dtype), None
-    else:
-        states, layers = from_rank(0, lambda: encode_prompts(folder, run, dtype)), stage.layers
-    dit = load_dit(folder, dtype, run.device, layers).eval()
+    states = texts or encode_prompts(run)
+    dit = load_dit(folder, getattr(torch, run.dtype), run.device, stage.layers if stage else None).eval()
     vae = load_vae(folder, torch.float32, run.device).eval() if stage is None or stage.is_head else None
-    with torch.no_grad():
-        text = tuple(dit.text_features(state.to(run.device)) for state in states)
+    features = lru_cache(TEXTS_KEPT)(torch.no_grad()(lambda which: dit.text_features(states[which].to(run.device))))
+    text = lambda video, lane: features(-1 if lane else video)  # noqa: E731
     factor = VAEConfig.from_dict(folder.vae).spatial_factor
     size = (dit.config.in_channels, run.height // factor, run.width // factor)
     read = stored_bytes(folder, "transformer", dit) + (stored_bytes(folder, "vae", vae) if vae else 0)
     return Models(dit=dit, vae=vae, text=text, latent_size=size, bytes_read=read, stage=stage)
 
 
-def encode_prompts(folder: Folder, run: Run, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Text states of the prompt and, where guidance needs it, of the negative prompt."""
-    encoder = TextEncoder.load(folder.path, dtype, run.device)
-    prompts = [run.prompt, run.negative_prompt][: run.method.num_lanes]
-    for name, prompt in zip(("prompt", "negative prompt"), prompts, strict=False):
+def encode_prompts(run: Run, several: tuple[str, ...] = ()) -> list[Text]:
+    """Text states of the prompt, or of `several`, and last, where guidance needs it, of the negative prompt.
+
+    Raises ValueError for a prompt that the text encoder would cut. The encoder is gone afterwards.
+    """
+    encoder = TextEncoder.load(run.model, getattr(torch, run.dtype), run.device)
+    named = {f"prompt in line {line}": prompt for line, prompt in enumerate(several, 1)} or {"prompt": run.prompt}
+    if run.method.num_lanes > 1:
+        named["negative prompt"] = run.negative_prompt
+    for name, prompt in named.items():
         if surplus := encoder.surplus(prompt):
             limit = encoder.max_length
             raise ValueError(
                 f"the {name} has {limit + surplus} tokens, {surplus} more than the text encoder's {limit}; "
                 f"shorten it to about {max(1, len(prompt) * (limit - 1) // (limit + surplus))} characters"
             )
-    return [encoder(prompt) for prompt in prompts]
+    return [encoder(prompt) for prompt in named.values()]
 
 
 def generate(
-    run: Run, observer: Observer | None = None, stage: Stage | None = None, keeping: Keeping | None = None
+    run: Run,
+    observer: Observer | None = None,
+    stage: Stage | None = None,
+    keeping: Keeping | None = None,
+    texts: tuple[Text, ...] = (),
 ) -> Iterator[np.ndarray]:
     """Load the models, and yield frames as blocks leave: uint8 (n, height, width, 3), `run.num_frames` in all.
 
@@ -108,11 +118,11 @@ def generate(
     snapshots in a run's folder, and goes on from one: all frames are yielded again. Raises ValueError for a wrong
     request at once, and FloatingPointError (block and step named) if latents stop being finite while frames are made.
     """
-    models = load_models(run, stage)
+    models = load_models(run, stage, texts)
     ready: list[Latents] = []
     if run.image and models.vae:
         ready.append(encode_frames(models.vae, read_image(run.image, run.height, run.width)[None]))
-    return roll(run, run.plan(), models, ready, observer or Observer(), keeping)
+    return (frames for _, frames in roll(run, run.plan(), models, ready, observer or Observer(), keeping))
 
 
 def roll(
@@ -124,30 +134,36 @@ def roll(
     keeping: Keeping | None,
     *,
     shows_ready: bool = True,
-) -> Iterator[np.ndarray]:
-    """Carry the plan out and decode each block as it leaves. Ready blocks are decoded first, for the VAE's state.
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Carry the plan out and decode each block as it leaves: (video, frames). Ready blocks are decoded first, for the
+    VAE's state.
 
     They leave first, too, if they are a part of the video that is made (`shows_ready`).
     """
-    start, state = time.perf_counter(), None
+    start, states = time.perf_counter(), {}
+
+    def decoded(block: int, latents: Latents) -> tuple[int, np.ndarray]:
+        video = plan.address(block)[0]
+        frames, states[video] = decode(models.vae, latents, states.get(video))
+        return video, frames
+
     for block, latents in enumerate(ready):
-        frames, state = decode(models.vae, latents, state)
+        shown = decoded(block, latents)
         if shows_ready:
             observer.left(block, latents)
-            yield frames
+            yield shown
     if keeping and models.vae:
         for block, latents in keeping.folder.kept(plan, keeping.start):
             observer.left(block, latents)
-            frames, state = decode(models.vae, latents, state)
-            yield frames
+            yield decoded(block, latents)
     for block, latents in _blocks(run, plan, models, ready, observer, keeping):
         with observer.span("keep", block=block):
             observer.left(block, latents)
             if keeping:
                 keeping.folder.keep(block, latents)
         with observer.span("decode", block=block):
-            frames, state = decode(models.vae, latents, state)
-        yield frames
+            shown = decoded(block, latents)
+        yield shown
     spans = observer.trace.spans if observer.trace else []
     usage = _usage(run, models, time.perf_counter() - start)
     observer.ended(usage, [spans] if models.stage is None else from_all(spans))
@@ -156,8 +172,11 @@ def roll(
 def _usage(run: Run, models: Models, seconds: float) -> list[Usage]:
     """What each process took, in order of rank; all processes must ask."""
     peak, stage = peak_memory_mb(run.device), models.stage
-    idle, sent = (stage.waited_s / seconds, stage.num_bytes) if stage else (0.0, 0)
-    this = Usage(idle_fraction=idle, peak_memory_mb=peak, bytes_sent=sent, weight_bytes_read=models.bytes_read)
+    this = Usage(
+        idle_fraction=stage.waited_s / seconds if stage else 0.0, peak_memory_mb=peak,
+        bytes_sent=stage.num_bytes if stage else 0, bytes_exchanged=stage.exchange.num_bytes if stage else 0,
+        exchange_s=stage.exchange.waited_s if stage else 0.0, weight_bytes_read=models.bytes_read,
+    )  # fmt: skip
     return [this] if stage is None else from_all(this)
 
 
@@ -166,12 +185,13 @@ def _blocks(
 ) -> Iterator[tuple[int, Latents]]:
     size, stage = models.latent_size, models.stage
     noise = noise_of(plan, run.seed, *size)
-    text: Callable[[Pass], TextFeatures] = lambda p: models.text[p.lane]  # noqa: E731
+    text: Callable[[Pass], TextFeatures] = lambda p: models.text(plan.video(p), p.lane)  # noqa: E731
     common = {"ready": ready, "fps": run.fps, "observe": observer.passed,
               "during": lambda p: observer.span("pass", **about(p))}  # fmt: skip
     if keeping:
         lanes = range(plan.method.num_lanes) if stage is None or stage.lane is None else [stage.lane]
-        part, queue = part_of(models.dit.layers, lanes), (plan, noise) if models.vae else None
+        band = (stage.band, stage.grid.num_bands) if stage else (0, 1)
+        part, queue = part_of(models.dit.layers, lanes, *band), (plan, noise) if models.vae else None
         common["start"] = keeping.point(part, next(models.dit.parameters()).device, queue)
         common["reached"] = keeping.reached(plan, part, observer.span)
     if models.stage is None:

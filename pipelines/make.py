@@ -1,22 +1,14 @@
-"""Makes the video of a request: here, in processes that this one starts, or as one of those; and says what happens.
-
-Standard output gets the name of the video alone, standard error everything else.
-"""
+"""Makes the video of a request, or of several: here, in processes that this one starts, or as one of those."""
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-EXIT_DONE = 0
-
-
-class Broken(Exception):
-    """What was a right request when it began turned out not to be, such as a video damaged in the middle."""
+from pipelines.carry_out import carry_out, print_lines, whole_command, work
 
 
 def is_worker() -> bool:
@@ -35,70 +27,102 @@ def use_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def _outputs(options: argparse.Namespace):
+def _outputs(options: argparse.Namespace, num_videos: int):
     from pipelines.record import Outputs
 
     paths = {"latents": options.save_latents, "metrics": options.metrics, "contact_sheet": options.contact_sheet,
              "trace": options.trace}  # fmt: skip
     return Outputs(
-        video=Path(options.output) if options.output is not None else _free_name(Path("longvid.mp4")),
+        video=Path(options.output) if options.output is not None else _free_name(Path("longvid.mp4"), num_videos),
         overwrite=options.overwrite,
         **{name: Path(path) if path is not None else None for name, path in paths.items()},
     )
 
 
-def _free_name(path: Path) -> Path:
-    """The path, or it with the first number that makes a new file: `longvid-2.mp4`."""
+def _free_name(path: Path, num_videos: int) -> Path:
+    """The path, or it with the first number that makes new files: `longvid-2.mp4`."""
+    from pipelines.record import Outputs
+
     candidate, number = path, 2
-    while candidate.exists() or candidate.with_suffix(".json").exists():
+    while any(out.video.exists() or out.sidecar.exists() for out in Outputs(video=candidate).all(num_videos)):
         candidate, number = path.with_stem(f"{path.stem}-{number}"), number + 1
     return candidate
 
 
 def make(options, request, run, *, num_frames: int, source: Path | None, notes: dict) -> int:
-    """Make the video of a request: here, in processes that this one starts, or as one of those."""
-    outputs, plan = _outputs(options), request.plan()
-    described = _describe(run, plan, outputs, notes)
-    from parallel.launch import launch
+    """Make the video of a request whose configuration is `run`; with `Several`, that of each, of `num_frames` each."""
     from pipelines.run_folder import RunFolder
-    from pipelines.spread import Task, check_gpus, grids_of, keeping_of, layout_of, taken_part
+    from pipelines.spread import Task, check_gpus, grids_of, keeping_of, num_videos_of
 
-    how = _how(options)
+    how, num_videos = _how(options), num_videos_of(request)
+    if how.world_size > 1 and not is_worker():
+        use_threads(1)  # what starts others computes nothing
+    outputs = _outputs(options, num_videos)
     is_first = not is_worker() and how.machine == 0
     if is_first:
-        outputs.check(num_frames, run.height, run.width, source=source)
+        outputs.check_all(num_videos, num_frames, run.height, run.width, source=source)
     path = Path(options.run_dir) if options.run_dir else outputs.video.with_suffix(".run")
     folder = RunFolder(path=path, every=options.snapshot_every)
+    goes_on = options.goes_on or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if num_videos > 1:
+        request = request.for_processes(_world_size(how), options.sequence_parallel, folder if goes_on else None)
+    plan = request.plan()
     if is_first:
         folder.check(overwrite=options.overwrite)
     if not is_worker():
-        grids = grids_of(how.world_size, run, cfg_parallel=options.cfg_parallel)
-        check_gpus(how, run, grids)
-    if options.dry_run:
-        return print_lines([json.dumps(described, indent=2, default=str)])
-    goes_on = options.goes_on or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        grids = grids_of(how.world_size, run, degrees_of(options))
+        check_gpus(how, run, plan, grids)
     outputs = replace(outputs, overwrite=options.overwrite or goes_on)
-    keeping = keeping_of(folder, run, plan, goes_on=goes_on, say=lambda line: print(line, file=sys.stderr))
-    task = Task(request=request, outputs=outputs, notes=notes, keeping=keeping)
-    if not is_worker():
-        with _way_on(folder):
-            if how.world_size == 1:
-                planned = layout_of(grids, run, whole=True).planned if outputs.trace else None
-                return _carry_out(options, task, described, num_frames, planned=planned)
-            command = options.words if options.goes_on else _whole_command(options, task)
-            return launch("pipelines.cli", command, how)
-    with taken_part(task, cfg_parallel=options.cfg_parallel, whole=bool(outputs.trace), lost=_give_up) as (
-        task,
-        stage,
-        layout,
-    ):
+    kept = request if num_videos > 1 else run
+    if options.dry_run:
+        return print_lines([json.dumps(_describe(kept, plan, outputs, num_videos, notes), indent=2, default=str)])
+    keeping = keeping_of(folder, run, kept, plan, goes_on=goes_on, say=lambda line: print(line, file=sys.stderr))
+    task = Task(request=request, outputs=outputs, notes=notes, keeping=keeping, asked=degrees_of(options))
+    described = _describe(kept, plan, outputs, num_videos, notes)
+    if is_worker():
+        return _take_part(options, task, described, num_frames, source, goes_on=goes_on)
+    return _start(options, how, task, described, num_frames, grids)
+
+
+def _start(options, how, task, described: dict, num_frames: int, grids: list) -> int:
+    """Do it here, or start processes that do; say how to go on if it is cut."""
+    from parallel.launch import launch
+    from pipelines import cli
+    from pipelines.spread import layout_of, may_be_forked
+
+    with _way_on(task.keeping.folder):
+        if how.world_size == 1:
+            layout = layout_of(grids, task.run, task.judged_plan(whole=True)) if task.outputs.trace else None
+            return carry_out(options, task, described, num_frames, layout=layout)
+        words = options.words if options.goes_on else whole_command(options, task)
+        return launch(cli.main, cli.__name__, words, how, fork=may_be_forked(task.request))
+
+
+def _take_part(options, task, described: dict, num_frames: int, source: Path | None, *, goes_on: bool) -> int:
+    """Be one of several processes."""
+    from pipelines.spread import taken_part
+
+    with taken_part(task, whole=bool(task.outputs.trace), lost=_give_up) as (task, stage, layout):
         if not stage.is_head:
-            return _work(task, stage)
+            return work(task, stage)
         if not options.quiet:
             print(layout.in_words, file=sys.stderr)
         if not goes_on:
-            task.outputs.check(num_frames, run.height, run.width, source=source)
-        return _carry_out(options, task, described, num_frames, stage, planned=layout.planned)
+            task.outputs.check_all(len(task.videos), num_frames, task.run.height, task.run.width, source=source)
+        return carry_out(options, task, described, num_frames, stage, layout)
+
+
+def _world_size(how) -> int:
+    """Processes in all, whoever starts them."""
+    return int(os.environ["WORLD_SIZE"]) if is_worker() else how.world_size
+
+
+def degrees_of(options):
+    """The layout asked for."""
+    from parallel.grid import Degrees
+
+    lanes = None if options.cfg_parallel is None else 1 + options.cfg_parallel
+    return Degrees(stages=options.stages, sequence=options.sequence_parallel, lanes=lanes)
 
 
 def _give_up(why: str) -> None:
@@ -130,94 +154,9 @@ def _way_on(folder):
             print(f"go on with: longvid generate --resume {folder.path}", file=sys.stderr)
 
 
-def _work(task, stage) -> int:
-    """Be a stage that holds no frames."""
-    from pipelines.generate import Observer
-
-    frames = list(task.frames(Observer(_trace(task)), stage))
-    assert not frames, "frames are made on the head alone"
-    return EXIT_DONE
-
-
-def _trace(task):
-    from pipelines.trace import Trace
-
-    return Trace(task.run.device) if task.outputs.trace else None
-
-
-def _describe(run, plan, outputs, notes: dict) -> dict:
+def _describe(kept, plan, outputs, num_videos: int, notes: dict) -> dict:
     """The complete configuration and what it asks of the model."""
     from pipelines.configure import cost_of
 
-    return {**run.record(), **notes, "output": str(outputs.video), **cost_of(plan)}
-
-
-def _show(options: argparse.Namespace, described: dict) -> None:
-    """The configuration in two lines on standard error, once nothing can be wrong with the request."""
-    if options.quiet:
-        return
-    rest = {key: value for key, value in described.items() if key != "method"}
-    for words in (rest, described["method"]):
-        print("  ".join(f"{key}={value}" for key, value in words.items()), file=sys.stderr)
-
-
-def print_lines(lines: Iterable[str]) -> int:
-    """Print what was asked for, as much as somebody reads: `| head` ends it without a word."""
-    try:
-        for line in lines:
-            print(line)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it exits
-    return EXIT_DONE
-
-
-def _carry_out(options, task, described: dict, num_frames: int, stage=None, planned=None) -> int:
-    """Write the video with progress on standard error; what is there stays if it is cut."""
-    from pipelines.progress import Progress
-    from pipelines.record import Meter, record
-
-    run, outputs, done = task.run, task.outputs, 0
-    meter = Meter(keep_latents=outputs.latents is not None, trace=_trace(task))
-    frames = task.frames(meter, stage)
-    _show(options, described)
-    folder = task.keeping.folder
-    if not task.keeping.start:
-        folder.begin(_whole_command(options, task), run)
-    try:
-        counts = record(run, frames, meter, outputs, num_frames=num_frames, notes=task.notes)
-        with Progress(num_frames, run.fps, quiet=options.quiet) as progress, closing(counts):
-            for done in counts:
-                progress.update(done)
-    except BaseException as error:
-        if done:
-            print(f"{outputs.video} holds the {done} frames made so far and plays", file=sys.stderr)
-            if isinstance(error, ValueError):
-                raise Broken(error) from error
-        elif not task.keeping.start:  # nothing to go on with
-            folder.remove()
-        raise
-    if not options.quiet:
-        print(f"latent_sha256 {meter.latent_sha256}", file=sys.stderr)
-    folder.remove()
-    if outputs.trace:
-        _write_trace(outputs.trace, meter, planned, quiet=options.quiet)
-    return print_lines([str(outputs.video)])
-
-
-def _write_trace(path: Path, meter, planned, *, quiet: bool) -> None:
-    """Write what was done and planned; say how they compare."""
-    from pipelines.record import write_json
-    from pipelines.trace import chrome_trace
-
-    content = chrome_trace(meter.spans, planned)
-    write_json(path, content)
-    if not quiet:
-        found = content["otherData"]
-        print(f"planned {found['planned_makespan_s']:.2f} s, measured {found['measured_makespan_s']:.2f} s",
-              file=sys.stderr)  # fmt: skip
-
-
-def _whole_command(options, task) -> list[str]:
-    """The command with what was chosen for it, so that it can be given again."""
-    return [*options.words, "--seed", str(task.run.seed), "--output", str(task.outputs.video)]
+    names = [str(each.video) for each in outputs.all(num_videos)]
+    return {**kept.record(), **notes, "output": names if num_videos > 1 else names[0], **cost_of(plan)}

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -43,6 +43,25 @@ class Outputs:
     def sidecar(self) -> Path:
         """The JSON beside the video."""
         return self.video.with_suffix(".json")
+
+    def of(self, video: int, num_videos: int) -> "Outputs":
+        """Those of one of several videos, counted from 0: `out-1.mp4` and so on; a trace is of all."""
+        if num_videos == 1:
+            return self
+        check_output(self.video, overwrite=True)  # a name that can be numbered
+        numbered = {name: path and path.with_stem(f"{path.stem}-{video + 1}") for name, path in
+                    (("video", self.video), ("latents", self.latents), ("metrics", self.metrics),
+                     ("contact_sheet", self.contact_sheet))}  # fmt: skip
+        return replace(self, **numbered)
+
+    def all(self, num_videos: int) -> "list[Outputs]":
+        """Those of each of so many videos."""
+        return [self.of(video, num_videos) for video in range(num_videos)]
+
+    def check_all(self, num_videos: int, num_frames: int, height: int, width: int, source: Path | None) -> None:
+        """As `check`, of each of so many videos; the disk must have room for all."""
+        for each in self.all(num_videos):
+            each.check(num_videos * num_frames, height, width, source=source)
 
     def check(self, num_frames: int, height: int, width: int, source: Path | None = None) -> None:
         """Raise ValueError if one cannot be written, exists and may not be overwritten, or is the input `source`."""
@@ -86,6 +105,7 @@ class Meter(Observer):
         self.written: list[tuple[float, int]] = []
         self.kept: list[Latents] | None = [] if keep_latents else None
         self.processes: list[Usage] = []
+        self.layout: dict = {}
         self.spans: list[list[Span]] = []
         self._hash = hashlib.sha256()
 
@@ -125,8 +145,8 @@ class Meter(Observer):
 
     def metrics(self, run: Run, num_frames: int) -> dict:
         """What `--metrics` holds; lists have an entry per process, or one for this process until all have ended."""
-        this = Usage(idle_fraction=0.0, peak_memory_mb=peak_memory_mb(run.device), bytes_sent=0,
-                     weight_bytes_read=0)  # fmt: skip
+        this = Usage(idle_fraction=0.0, peak_memory_mb=peak_memory_mb(run.device), bytes_sent=0, bytes_exchanged=0,
+                     exchange_s=0.0, weight_bytes_read=0)  # fmt: skip
         processes = self.processes or [this]
         wall = time.perf_counter() - self.start
         return {
@@ -137,6 +157,7 @@ class Meter(Observer):
             "fps": num_frames / wall,
             **self._pace(),
             "passes": self.num_passes,
+            "layout": self.layout,
             **{f.name: [getattr(usage, f.name) for usage in processes] for f in fields(Usage)},
             "latent_sha256": self.latent_sha256,
             "config": run.record(),

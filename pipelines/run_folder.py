@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,15 @@ from longvid.plan import Plan
 from longvid.sampler import NoiseOf, Point
 from longvid.types import Latents
 from parallel import snapshot
-from pipelines.configure import Run
+
+
+class Kept(Protocol):
+    """A request as a run's folder sees it: its model's folder, and its configuration as JSON holds it."""
+
+    model: Path
+
+    def record(self) -> dict:
+        """The configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +66,7 @@ class RunFolder:
         if self.path.exists() and not self.is_there and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{self.path} is not a run's folder; give another with --run-dir")
 
-    def begin(self, command: Sequence[str], run: Run) -> None:
+    def begin(self, command: Sequence[str], run: Kept) -> None:
         """Make the folder of a run that starts; one that was there is replaced."""
         self.remove()
         self.clean.mkdir(parents=True)
@@ -88,7 +97,7 @@ class RunFolder:
                 yield block, load_file(self.clean / f"{block:06d}.safetensors")["latents"]
 
 
-def depends_on(run: Run) -> dict:
+def depends_on(run: Kept) -> dict:
     """What must be the same for a run to go on to the same video, as JSON holds it."""
     values = {name: value for name, value in run.record().items() if name not in ("device", "model")}
     return json.loads(json.dumps({**values, "checkpoint": fingerprint(run.model)}, default=str))
@@ -101,7 +110,7 @@ def command_of(path: Path) -> dict:
     return read_json(path / "run.json")
 
 
-def check_same(path: Path, run: Run) -> None:
+def check_same(path: Path, run: Kept) -> None:
     """Raise ValueError, naming what differs, unless the run is that of the folder."""
     before, now = command_of(path)["depends_on"], depends_on(run)
     if differing := [name for name in now if before.get(name) != now[name]]:

@@ -19,13 +19,13 @@ def grid_json(timeline: Timeline, layers: list[range], memory: list[dict[str, in
     for rank in range(grid.world_size):
         place = grid.place(rank)
         processes.append({
-            "rank": rank, "stage": place.stage, "lane": place.lane,
+            "rank": rank, "stage": place.stage, "band": place.band, "lane": place.lane,
             "layers": [layers[place.stage].start, layers[place.stage].stop], "idle": timeline.idle[rank],
             "bytes_sent": timeline.sent[rank], **{f"{name}_bytes": size for name, size in memory[rank].items()},
         })  # fmt: skip
     return {
-        "unit": unit, "stages": grid.num_stages, "lanes": grid.num_lanes, "makespan": timeline.makespan,
-        "speed_up": one / timeline.makespan, "first_block": timeline.first_block,
+        "unit": unit, "stages": grid.num_stages, "sequence": grid.num_bands, "lanes": grid.num_lanes,
+        "makespan": timeline.makespan, "speed_up": one / timeline.makespan, "first_block": timeline.first_block,
         "idle_fraction": float(np.mean(timeline.idle)), "processes": processes,
     }  # fmt: skip
 
@@ -33,16 +33,16 @@ def grid_json(timeline: Timeline, layers: list[range], memory: list[dict[str, in
 def grid_text(found: dict) -> Iterator[str]:
     """Lines of text for people."""
     unit = found["unit"]
-    yield (f"{found['stages']} stages x {found['lanes']} lanes: makespan {found['makespan']:.4g} {unit}, "
-           f"{found['speed_up']:.2f} times one process; first block after {found['first_block']:.4g} {unit}; "
-           f"idle {100 * found['idle_fraction']:.1f} %")  # fmt: skip
-    yield "rank  stage  lane  layers     idle   sent MiB  weights MiB  features MiB  activations MiB"
+    degrees = " x ".join(f"{found[name]} {name}" for name in ("stages", "sequence", "lanes"))
+    yield (f"{degrees}: makespan {found['makespan']:.4g} {unit}, {found['speed_up']:.2f} times one process; first "
+           f"block after {found['first_block']:.4g} {unit}; idle {100 * found['idle_fraction']:.1f} %")  # fmt: skip
+    yield "rank  stage  band  lane  layers     idle   sent MiB  weights MiB  features MiB  activations MiB"
     for p in found["processes"]:
         mib = [p[name] / 2**20 for name in ("bytes_sent", "weights_bytes", "features_bytes", "activations_bytes")]
         lane = "all" if p["lane"] is None else p["lane"]
         layers = f"{p['layers'][0]}-{p['layers'][1] - 1}"
-        yield (f"{p['rank']:4d}  {p['stage']:5d}  {lane!s:>4}  {layers:9}  {100 * p['idle']:4.1f} %  {mib[0]:8.1f}  "
-               f"{mib[1]:11.1f}  {mib[2]:12.1f}  {mib[3]:15.1f}")  # fmt: skip
+        yield (f"{p['rank']:4d}  {p['stage']:5d}  {p['band']:4d}  {lane!s:>4}  {layers:9}  {100 * p['idle']:4.1f} %  "
+               f"{mib[0]:8.1f}  {mib[1]:11.1f}  {mib[2]:12.1f}  {mib[3]:15.1f}")  # fmt: skip
 
 
 def chart(timeline: Timeline, *, in_seconds: bool) -> np.ndarray:

@@ -8,15 +8,21 @@ from longvid.plan import Plan
 
 
 def matrix_rows(plan: Plan) -> list[list[int]]:
-    """Steps each block has taken before each tick, and after the last one, as the passes make them."""
-    steps = [plan.method.num_steps] * plan.num_ready + [0] * (len(plan.block_sizes) - plan.num_ready)
+    """Steps each block has taken before each tick, and after the last one, as the passes make them.
+
+    Of a plan of several videos they are those of the first.
+    """
+    num_blocks, num_ready = (count // plan.num_videos for count in (len(plan.block_sizes), plan.num_ready))
+    steps = [plan.method.num_steps] * num_ready + [0] * (num_blocks - num_ready)
     rows, tick = [list(steps)], 0
     for p in plan.passes:
+        if plan.video(p):
+            continue
         while tick < p.tick:
             rows.append(list(steps))
             tick += 1
         for block in p.updates:
-            steps[block] += 1
+            steps[plan.address(block)[1]] += 1
     return [*rows, list(steps)]
 
 
@@ -24,12 +30,15 @@ def plan_text(plan: Plan) -> Iterator[str]:
     """Lines of text for people."""
     method = plan.method
     yield f"method {method.name}: {method.kind}, {method.num_steps} steps, lag {method.lag}, {method.num_lanes} lanes"
+    if plan.num_videos > 1:
+        yield f"{plan.num_videos} videos; block b of video v, from 0, is number {plan.num_videos} b + v; together"
     yield f"{plan.num_frames} frames = {plan.num_latents} latents in blocks of {_runs(plan.block_sizes)}"
     if plan.num_ready:
         yield f"{plan.num_ready} blocks are clean from the start"
     yield "timesteps " + " ".join(f"{t:g}" for t in plan.schedule.timesteps)
     rows = matrix_rows(plan)
-    yield f"matrix: {len(rows)} rows (one per tick, and the end) x {len(plan.block_sizes)} blocks, steps taken"
+    of = " of each video" if plan.num_videos > 1 else ""
+    yield f"matrix{of}: {len(rows)} rows (one per tick, and the end) x {len(rows[0])} blocks, steps taken"
     width = len(str(method.num_steps))
     yield from (f"{tick:5d} | " + " ".join(f"{step:{width}d}" for step in row) for tick, row in enumerate(rows))
     yield f"passes: {len(plan.passes)}  (block@step[latents], < context before, > context after)"
@@ -53,6 +62,7 @@ def plan_json(plan: Plan) -> dict:
     """All of it as JSON holds it."""
     return {
         "method": asdict(plan.method),
+        "num_videos": plan.num_videos,
         "num_frames": plan.num_frames,
         "num_latents": plan.num_latents,
         "block_sizes": plan.block_sizes,

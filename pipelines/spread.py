@@ -9,22 +9,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from longvid.checkpoints.diffusers_folder import open_folder
+from longvid.checkpoints.diffusers_folder import num_elements, open_folder
 from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.plan import Plan, make_plan
+from longvid.types import Text
 from parallel.cost import memory
-from parallel.execute import Stage, from_all, from_rank, make_stage
-from parallel.grid import Grid
+from parallel.execute import Stage, attempted, from_all, from_rank, make_stage
+from parallel.grid import Degrees, Grid, Limits, possible_grids
 from parallel.launch import Launch, join
-from parallel.layout import Layout, fastest, possible_grids
+from parallel.layout import Layout, fastest
+from parallel.link import measured_link
 from parallel.snapshot import part_of
 from parallel.split import split_layers
 from pipelines.calibrate import measured_costs, shape_of
 from pipelines.configure import Run
 from pipelines.extend import Extension, extend
-from pipelines.generate import Observer, generate
+from pipelines.generate import Observer, encode_prompts, generate
 from pipelines.record import Outputs
-from pipelines.run_folder import Keeping, RunFolder, check_same, newest
+from pipelines.run_folder import Keeping, Kept, RunFolder, check_same, newest
+from pipelines.several import Several, generate_several
 
 JUDGED = 120
 """Latents by which a layout is judged."""
@@ -32,70 +35,134 @@ JUDGED = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A request, where its video goes and how the run is kept; `notes` are for the sidecar."""
+    """A request, where its video goes, how it is kept, and the layout asked for; `notes` are for the sidecar.
 
-    request: Run | Extension
+    `texts` are the encoded prompts, once they are.
+    """
+
+    request: Run | Extension | Several
     outputs: Outputs
     notes: dict
     keeping: Keeping
+    asked: Degrees
+    texts: tuple[Text, ...] = ()
 
     @property
     def run(self) -> Run:
         """The configuration."""
         return self.request if isinstance(self.request, Run) else self.request.run
 
-    def frames(self, observer: Observer, stage: Stage | None = None) -> Iterator[np.ndarray]:
-        """Blocks of frames as they are made; with a stage, on the last one."""
+    @property
+    def kept(self) -> Kept:
+        """What the run's folder has to know."""
+        return self.request if isinstance(self.request, Several) else self.run
+
+    @property
+    def videos(self) -> list[tuple[Run, Outputs]]:
+        """Each video's configuration, and where it goes."""
+        runs = self.request.runs if isinstance(self.request, Several) else (self.run,)
+        return list(zip(runs, self.outputs.all(len(runs)), strict=True))
+
+    def frames(self, observer: Observer, stage: Stage | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(video, frames) as blocks are made; with a stage, on the last one."""
+        if isinstance(self.request, Several):
+            return generate_several(self.request, observer, stage, self.keeping, self.texts)
         make: Callable = generate if isinstance(self.request, Run) else extend
-        return make(self.request, observer, stage, self.keeping)
+        return ((0, frames) for frames in make(self.request, observer, stage, self.keeping, self.texts))
+
+    def encode(self) -> list[Text]:
+        """Text states of all prompts. Raises ValueError for one that the text encoder would cut."""
+        prompts = self.request.prompts if isinstance(self.request, Several) else ()
+        return encode_prompts(self.run, prompts)
+
+    def judged_plan(self, *, whole: bool) -> Plan:
+        """What a layout is judged by: the beginning, which is like the rest, unless the `whole` is wanted."""
+        if isinstance(self.request, Several):
+            return self.request.plan(None if whole else JUDGED)
+        return self.run.plan() if whole else make_plan(self.run.method, min(self.run.num_latents, JUDGED))
 
     def on(self, device: str) -> "Task":
         """The same on another device."""
+        if isinstance(self.request, Several):
+            return replace(self, request=self.request.on(device))
         run = replace(self.run, device=device)
         return replace(self, request=run if isinstance(self.request, Run) else replace(self.request, run=run))
 
 
-def grids_of(world_size: int, run: Run, *, cfg_parallel: bool | None) -> list[Grid]:
-    """The grids that so many processes can form for a run. Raises ValueError as `possible_grids` does."""
-    num_layers = open_folder(run.model).transformer["num_layers"]
-    has_guidance = run.method.num_lanes > 1
-    return possible_grids(world_size, has_guidance=has_guidance, num_layers=num_layers, cfg_parallel=cfg_parallel)
+def num_videos_of(request: Run | Extension | Several) -> int:
+    """Videos that a request asks for."""
+    return len(request.runs) if isinstance(request, Several) else 1
 
 
-def layout_of(grids: list[Grid], run: Run, *, whole: bool) -> Layout:
-    """The fastest of these grids by costs measured now, on this process's device; links count as free.
+def may_be_forked(request: Run | Extension | Several) -> bool:
+    """Whether processes for it may be copies of this one: it has used no GPU, and no reader of videos with threads."""
+    run = request if isinstance(request, Run) else request.run
+    return run.device == "cpu" and not isinstance(request, Extension)
 
-    It is judged by the beginning of the video, which is like the rest, unless the `whole` timeline is wanted.
+
+def limits_of(run: Run) -> Limits:
+    """What the run's model and size allow."""
+    config, shape = open_folder(run.model).transformer, shape_of(run)
+    return Limits(num_layers=config["num_layers"], num_heads=config["num_attention_heads"], num_rows=shape.num_rows,
+                  num_lanes=run.method.num_lanes)  # fmt: skip
+
+
+def grids_of(world_size: int, run: Run, asked: Degrees) -> list[Grid]:
+    """The grids that so many processes can form for a run. Raises ValueError as `possible_grids` does.
+
+    Cutting rows changes roundings: a CPU does so when asked alone, a GPU if it is faster.
     """
-    plan = run.plan() if whole else make_plan(run.method, min(run.num_latents, JUDGED))
-    costs = measured_costs(run, plan, latency=0.0, bandwidth=float("inf"), repeats=1)
+    return possible_grids(world_size, limits_of(run), asked, may_cut_rows=run.device.startswith("cuda"))
+
+
+def layout_of(grids: list[Grid], run: Run, plan: Plan, link: tuple[float, float] = (0.0, float("inf"))) -> Layout:
+    """The fastest of these grids by costs measured now, on this process's device; `link` is latency and bandwidth."""
+    costs = measured_costs(run, plan, latency=link[0], bandwidth=link[1], repeats=1)
     return fastest(plan, grids, costs, shape_of(run))
 
 
-def check_memory(grids: list[Grid], run: Run, available: int) -> None:
-    """Raise ValueError if no grid's processes have room for weights, features and activations in so many bytes."""
-    plan, shape, least = run.plan(), shape_of(run), None
+def layout_record(layout: Layout | None, run: Run) -> dict:
+    """A layout as JSON holds it; None is one process."""
+    grid, layers = (layout.grid, layout.layers) if layout else (Grid(num_stages=1), [range(limits_of(run).num_layers)])
+    return {"stages": grid.num_stages, "sequence": grid.num_bands, "lanes": grid.num_lanes,
+            "layers": [[part.start, part.stop] for part in layers]}  # fmt: skip
+
+
+def grids_that_fit(grids: list[Grid], run: Run, plan: Plan, available: int) -> list[Grid]:
+    """Those whose processes have room in so many bytes each for weights, features, activations and the VAE.
+
+    The text encoder comes before all these, on the head alone. Raises ValueError if none has.
+    """
+    folder, shape, needed = open_folder(run.model), shape_of(run), []
+    vae = 4 * num_elements(folder, "vae")
     for grid in grids:
         layers = split_layers([1.0] * shape.num_layers, grid.num_stages)
-        needed = max(memory(plan, grid, layers, shape), key=lambda parts: sum(parts.values()))
-        least = min(least or needed, needed, key=lambda parts: sum(parts.values()))
-    if sum(least.values()) > available:
+        head, *others = memory(plan, grid, layers, shape)
+        needed.append(max(({**head, "VAE": vae}, *others), key=lambda parts: sum(parts.values())))
+    encoder = {"text encoder": shape.bytes_per_element * num_elements(folder, "text_encoder")}
+    needed = [max(parts, encoder, key=lambda parts: sum(parts.values())) for parts in needed]
+    fitting = [grid for grid, parts in zip(grids, needed, strict=True) if sum(parts.values()) <= available]
+    if not fitting:
+        least = min(needed, key=lambda parts: sum(parts.values()))
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in least.items())
         raise ValueError(f"a process needs {sum(least.values()) / 2**30:.1f} GiB ({parts}) and its GPU has "
                          f"{available / 2**30:.1f}; use more processes (--nproc), smaller --height and --width, fewer "
                          "steps, or --dtype bfloat16")  # fmt: skip
+    return fitting
 
 
-def check_gpus(how: Launch, run: Run, grids: list[Grid]) -> None:
+def check_gpus(how: Launch, run: Run, plan: Plan, grids: list[Grid]) -> None:
     """Raise ValueError if this machine has fewer GPUs than processes that each take one, or too small ones."""
     num_gpus = torch.cuda.device_count()
     if run.device.startswith("cuda") and how.num_processes > num_gpus:
         raise ValueError(f"nproc={how.num_processes} is more than the {num_gpus} GPUs here; use --nproc {num_gpus}")
     if run.device.startswith("cuda"):
-        check_memory(grids, run, torch.cuda.get_device_properties(run.device).total_memory)
+        grids_that_fit(grids, run, plan, torch.cuda.get_device_properties(run.device).total_memory)
 
 
-def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: Callable[[str], None]) -> Keeping:
+def keeping_of(
+    folder: RunFolder, run: Run, kept: Kept, plan: Plan, *, goes_on: bool, say: Callable[[str], None]
+) -> Keeping:
     """How a run is kept: from its beginning, or from the newest whole snapshot of the run that was cut.
 
     Raises ValueError if that was another run.
@@ -103,15 +170,13 @@ def keeping_of(folder: RunFolder, run: Run, plan: Plan, *, goes_on: bool, say: C
     num_layers = open_folder(run.model).transformer["num_layers"]
     whole, start = part_of(range(num_layers), range(run.method.num_lanes)), 0
     if goes_on and folder.is_there:
-        check_same(folder.path, run)
+        check_same(folder.path, kept)
         start = newest(folder, plan, whole, say)
     return Keeping(folder=folder, whole=whole, start=start)
 
 
 @contextmanager
-def taken_part(
-    task: Task, *, cfg_parallel: bool | None, whole: bool, lost: Callable[[str], None]
-) -> Iterator[tuple[Task, Stage, Layout]]:
+def taken_part(task: Task, *, whole: bool, lost: Callable[[str], None]) -> Iterator[tuple[Task, Stage, Layout]]:
     """This process as one of several: the task as rank 0 has it, on this process's device, its place, and the layout.
 
     The last process measures for all: rank 0, the head, is the first to be ready otherwise.
@@ -119,9 +184,16 @@ def taken_part(
     with join(task.run.device, lost) as device:
         check_alike(task.run)
         task = from_rank(0, lambda: task).on(device)
-        grids = grids_of(dist.get_world_size(), task.run, cfg_parallel=cfg_parallel)
-        layout = from_rank(dist.get_world_size() - 1, lambda: layout_of(grids, task.run, whole=whole))
-        yield task, make_stage(layout.grid, layout.layers, torch.device(device)), layout
+        grids, last = grids_of(dist.get_world_size(), task.run, task.asked), dist.get_world_size() - 1
+        if device.startswith("cuda"):
+            available = min(from_all(torch.cuda.get_device_properties(device).total_memory))
+            grids = grids_that_fit(grids, task.run, task.request.plan(), available)
+        link = measured_link(last, torch.device(device))
+        encoded = attempted(task.encode) if dist.get_rank() == 0 else list  # while the last process measures
+        layout = from_rank(last, lambda: layout_of(grids, task.run, task.judged_plan(whole=whole), link))
+        task = replace(task, texts=tuple(from_rank(0, encoded)))
+        num_rows = limits_of(task.run).num_rows
+        yield task, make_stage(layout.grid, layout.layers, num_rows, torch.device(device)), layout
 
 
 def check_alike(run: Run) -> None:

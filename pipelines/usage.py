@@ -11,11 +11,16 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """The share of the time that a process waited for others, its peak memory, what it sent to others, and read."""
+    """The share of the time that a process waited for others, its peak memory, what it sent to others, and read.
+
+    `bytes_exchanged` of what was sent went to the processes that share its stage, and `exchange_s` went by meanwhile.
+    """
 
     idle_fraction: float
     peak_memory_mb: float
     bytes_sent: int
+    bytes_exchanged: int
+    exchange_s: float
     weight_bytes_read: int
 
 

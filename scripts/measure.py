@@ -1,4 +1,4 @@
-"""Print the figures of the README: python scripts/measure.py [minute | memory | vae | dit | oracle].
+"""Print the figures of the README: python scripts/measure.py [minute | memory | processes | vae | dit | oracle].
 
 Each is measured on this machine, now: whole commands in processes of their own, comparisons interleaved, medians.
 """
@@ -41,6 +41,24 @@ def memory(folder: Path) -> None:
     short = command(folder, 10, "short")["peak_memory_mb"][0]
     long = command(folder, 120, "long")["peak_memory_mb"][0]
     print(f"peak memory: 10 s of video {short:.0f} MiB, 120 s {long:.0f} MiB, {100 * (long / short - 1):+.1f} %")
+
+
+def processes(folder: Path) -> None:
+    """Two processes of one thread each: memory of each, a long video against a short one, and what snapshots cost."""
+    peaks = {}
+    for seconds in (10, 60):
+        trace = folder / "trace.json"
+        words = ["--nproc", "2", "--threads", "1", "--trace", str(trace)]
+        peaks[seconds] = command(folder, seconds, "two", *words)["peak_memory_mb"]
+        events = json.loads(trace.read_text())["traceEvents"]
+    for rank, (short, long) in enumerate(zip(peaks[10], peaks[60], strict=True)):
+        print(f"peak memory of process {rank}: 10 s of video {short:.0f} MiB, 60 s {long:.0f} MiB, "
+              f"{100 * (long / short - 1):+.1f} %")  # fmt: skip
+    spans = [e for e in events if e["ph"] == "X" and e["pid"] == 0]
+    whole = max(e["ts"] + e["dur"] for e in spans)
+    for rank in range(len(peaks[60])):
+        share = sum(e["dur"] for e in spans if e["tid"] == rank and e["name"] == "snapshot") / whole
+        print(f"snapshots take {100 * share:.2f} % of the run on process {rank}")
 
 
 def ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float]:
@@ -129,7 +147,7 @@ def oracle(folder: Path) -> None:
         print(f"oracle, {NUM_FILMS} films of 4 s {name}: {right}")
 
 
-FIGURES = {"minute": minute, "memory": memory, "vae": vae, "dit": dit, "oracle": oracle}
+FIGURES = {"minute": minute, "memory": memory, "processes": processes, "vae": vae, "dit": dit, "oracle": oracle}
 
 
 def main() -> None:

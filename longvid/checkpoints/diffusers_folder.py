@@ -107,6 +107,12 @@ def load_vae(folder: Folder, dtype: torch.dtype, device: torch.device | str = "c
     return vae
 
 
+def num_elements(folder: Folder, part: str) -> int:
+    """Numbers that the files of a part hold, from their headers."""
+    files = open_tensors(folder.path / part, STEMS[part])
+    return sum(math.prod(files.shape(name)) for name in files.names)
+
+
 def stored_bytes(folder: Folder, part: str, module: nn.Module) -> int:
     """Bytes that the parameters of a network, or of a part of it, take in the folder's files: what is read of them."""
     files = open_tensors(folder.path / part, STEMS[part])

@@ -33,6 +33,29 @@ def join(features: list[KV]) -> KV:
     return KV(torch.cat([kv.keys for kv in features], 1), torch.cat([kv.values for kv in features], 1))
 
 
+class Exchange:
+    """Where attention finds the other tokens: here all are in one place already, and nothing moves.
+
+    A caller that gives the model some rows of patches of every latent alone hands it an exchange of its own, which
+    brings all tokens together within attention, for some of the heads, and counts what it sends and how long it waits.
+    """
+
+    num_bytes: int = 0
+    waited_s: float = 0.0
+
+    def num_rows(self, rows: int) -> int:
+        """Rows of patches of the whole of which a pass has so many."""
+        return rows
+
+    def by_heads(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Tensors (b, f, some tokens, n, d) as (b, f, s, some heads, d)."""
+        return parts
+
+    def by_tokens(self, x: Tensor) -> Tensor:
+        """The way back: (b, f, s, some heads, d) as (b, f, some tokens, n, d)."""
+        return x
+
+
 class Rotation(NamedTuple):
     """Cosines and sines of every token's angles, each (tokens, 1, d / 2), float32."""
 

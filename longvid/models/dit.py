@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from longvid.models.attention import KV, Rotation, attend, join, rotate, rotation
+from longvid.models.attention import KV, Exchange, Rotation, attend, join, rotate, rotation
 from longvid.models.cache import Context, Features
 from longvid.types import Latents, Text, Timesteps
 
@@ -191,6 +191,13 @@ def sinusoid(timesteps: Timesteps, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1).float()
 
 
+def modulation_table(rows: int, dim: int) -> Tensor:
+    """Random, (1, rows, dim), for training to start from; on "meta" empty, since arithmetic there loads a compiler."""
+    if torch.get_default_device().type == "meta":
+        return torch.empty(1, rows, dim)
+    return torch.randn(1, rows, dim) / dim**0.5
+
+
 def layer_norm(x: Tensor, eps: float) -> Tensor:
     """Layer norm without parameters, in float32."""
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
@@ -206,7 +213,7 @@ class Layer(nn.Module):
         self.attn2 = Attention(dim, config.num_attention_heads, config.eps)
         self.norm2 = nn.LayerNorm(dim, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(dim, config.ffn_dim, dim, TanhGELU())
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(modulation_table(6, dim))
 
     def forward(
         self,
@@ -217,13 +224,14 @@ class Layer(nn.Module):
         after: KV | None,
         turn: Rotation,
         mask: Tensor | None,
+        exchange: Exchange = Exchange(),  # noqa: B008  it has no state
     ) -> tuple[Tensor, KV]:
         """Hidden states (b, f, h, w, d) to hidden states, and this layer's features of them."""
         table = rearrange(self.scale_shift_table + modulation.float(), "b f k d -> k b f 1 1 d")
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = table
 
         normed = (layer_norm(x, self.eps) * (1 + scale_attn) + shift_attn).type_as(x)
-        attended, features = self._self_attention(normed, before, after, turn, mask)
+        attended, features = self._self_attention(normed, before, after, turn, mask, exchange)
         x = (x.float() + attended * gate_attn).type_as(x)
 
         normed = x if self.norm2 is None else self.norm2(x.to(self.norm2.weight.dtype)).type_as(x)
@@ -234,15 +242,23 @@ class Layer(nn.Module):
         return (x.float() + self.ffn(normed).float() * gate_ffn).type_as(x), features
 
     def _self_attention(
-        self, x: Tensor, before: KV | None, after: KV | None, turn: Rotation, mask: Tensor | None
+        self,
+        x: Tensor,
+        before: KV | None,
+        after: KV | None,
+        turn: Rotation,
+        mask: Tensor | None,
+        exchange: Exchange,
     ) -> tuple[Tensor, KV]:
-        b, f, h, w, d = x.shape
-        own = KV(*(y.flatten(2, 3) for y in self.attn1.key_value(x)))
+        parts = (self.attn1.query(x), *self.attn1.key_value(x))
+        query, keys, values = exchange.by_heads(*(y.flatten(2, 3) for y in parts))
+        own = KV(keys, values)
         seen = join([kv for kv in (before, own, after) if kv is not None])
-        start = before.keys.shape[1] * h * w if before is not None else 0
-        query = rotate(self.attn1.query(x).flatten(1, 3), turn, start)
+        start = before.keys.shape[1] * query.shape[2] if before is not None else 0
+        query = rotate(query.flatten(1, 2), turn, start)
         out = attend(query, rotate(seen.keys.flatten(1, 2), turn), seen.values.flatten(1, 2), mask)
-        return self.attn1.output(out).view(b, f, h, w, d), own
+        out = exchange.by_tokens(out.unflatten(1, (x.shape[1], -1)))
+        return self.attn1.output(out).view_as(x), own
 
 
 class DiT(nn.Module):
@@ -267,7 +283,7 @@ class DiT(nn.Module):
         if self.is_last:
             height, width = config.patch_size[1:]
             self.proj_out = nn.Linear(dim, config.out_channels * height * width)
-            self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+            self.scale_shift_table = nn.Parameter(modulation_table(2, dim))
 
     def text_features(self, text: Text) -> TextFeatures:
         """Cross-attention keys and values of a prompt for this part's layers; compute once, pass to every forward."""
@@ -284,24 +300,27 @@ class DiT(nn.Module):
         fps: int = 24,
         keep: bool = True,
         mask: Tensor | None = None,
+        exchange: Exchange = Exchange(),  # noqa: B008  it has no state
     ) -> tuple[Latents | Tensor, Features]:
         """Velocity of the latents (b, c, f, h, w) and the features that each layer leaves.
 
         A part without the first layer takes hidden states (b, f, h, w, d), one without the last gives them.
         `timesteps` are 1000 sigma per latent. `fps` matters only to models with an fps embedding (16, or anything
         else: SkyReels-V2 DF-1.3B). Without `keep` the features are dropped layer by layer and none are given: all of a
-        joint window of a 14B model would be 42 GB. `mask` (tokens, tokens) is for training; inference needs none.
+        joint window of a 14B model would be 42 GB. `mask` (tokens, tokens) is for training; inference needs none. With
+        an `exchange` the latents (hidden states) are some rows of all, and so is what comes out; features are of some
+        heads.
         """
         if self.is_first:
             x = rearrange(self.patch_embedding(x.to(self.proj_dtype)), "b d f h w -> b f h w d")
         time, modulation = self._modulation(timesteps, fps, x.dtype)
         f, h, w = x.shape[1:4]
         seen = sum(next(iter(part.values())).keys.shape[1] for part in context if part)
-        turn = rotation(f + seen, h, w, self.config.attention_head_dim, x.device)
+        turn = rotation(f + seen, exchange.num_rows(h), w, self.config.attention_head_dim, x.device)
         features = {}
         for i in self.layers:
             before, after = context.before.get(i), context.after.get(i)
-            x, left = self.blocks[str(i)](x, modulation, text[i], before, after, turn, mask)
+            x, left = self.blocks[str(i)](x, modulation, text[i], before, after, turn, mask, exchange)
             if keep:
                 features[i] = left
         return (self._unembed(x, time) if self.is_last else x), features

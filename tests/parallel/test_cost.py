@@ -1,19 +1,21 @@
 """The simulator against closed forms and against processes that exchange messages one by one."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from longvid.plan import make_plan
 from parallel.cost import Costs, ModelShape, best_split, feeding_order, memory, peak_features, simulate
-from parallel.grid import Grid
+from parallel.grid import Degrees, Grid, Limits, possible_grids
+from parallel.layout import fastest
 from parallel.split import split_layers
 from pipelines.methods import METHODS, dualparal, rolling
 from tests.longvid.test_cache import BYTES_PER_LATENT, walk
 
 SHAPE = ModelShape(
-    num_layers=40, dim=64, ffn_dim=128, tokens_per_latent=24, latent_bytes=500, bytes_per_element=4
+    num_layers=40, dim=64, ffn_dim=128, num_rows=4, tokens_per_latent=24, latent_bytes=500, bytes_per_element=4
 )  # fmt: skip
 
 
@@ -25,10 +27,11 @@ def run(plan, grid, costs=None, num_layers=SHAPE.num_layers):
     return simulate(plan, grid, even(grid, num_layers), costs or Costs(), SHAPE)
 
 
-def played(plan, grid, layers, costs):  # noqa: C901
+def played(plan, grid, layers, costs, k):  # noqa: C901
     """When each process ends each pass and the head each block: every process has a list of things to do, in order.
 
-    A thing is done as soon as all that it waits for has come; nothing here knows what the simulator knows.
+    A thing is done as soon as all that it waits for has come; nothing here knows what the simulator knows. The bands of
+    a stage wait for each other in every layer, so they count as one process here, and `grid` has none.
     """
     after = feeding_order(plan)
     clock, mail = dict.fromkeys(range(grid.world_size), 0.0), {}
@@ -42,7 +45,7 @@ def played(plan, grid, layers, costs):  # noqa: C901
     ends, decodes = {}, []
 
     def post(kind, i, size, sender, receiver, time):
-        mail[kind, i] = time + (costs.hop(size) if sender != receiver else 0.0)
+        mail[kind, i] = time + (costs.hop(size / k) if sender != receiver or k > 1 else 0.0)
 
     def feed(done):
         while feed.next < len(after) and after[feed.next] <= done:
@@ -72,8 +75,13 @@ def played(plan, grid, layers, costs):  # noqa: C901
                         clock[0] += costs.decode * plan.block_sizes[block]
                         decodes.append((clock[0], block))
                     continue
-                clock[rank] += len(layers[stage]) * costs.layer(p)
-                clock[rank] += costs.first * p.num_latents * (stage == 0)
+                for _ in layers[stage]:
+                    clock[rank] += costs.fixed + costs.per_latent * p.num_latents / k
+                    clock[rank] += costs.per_pair * p.num_latents * (p.num_latents + p.num_context) / k
+                    whole = p.num_latents * SHAPE.hidden_bytes
+                    for parts in (3, 1) if k > 1 else ():  # queries, keys and values; what comes of them
+                        clock[rank] += costs.latency + parts * whole / k * (1 - 1 / k) / costs.bandwidth
+                clock[rank] += costs.first * p.num_latents * (stage == 0) / k
                 clock[rank] += costs.last * p.num_latents * (stage == grid.num_stages - 1)
                 ends[rank, i] = clock[rank]
                 if stage == grid.num_stages - 1:
@@ -91,16 +99,17 @@ def test_it_is_what_processes_that_exchange_messages_do(seed):
     name = rng.choice(list(METHODS))
     method = METHODS[name](num_steps=rng.randint(1, 5), guidance_scale=rng.choice([1.0, 3.0]))
     plan = make_plan(method, rng.randint(2, 40))
-    grid = Grid(num_stages=rng.randint(1, 5), num_lanes=rng.choice([1, method.num_lanes]))
+    plain = Grid(num_stages=rng.randint(1, 5), num_lanes=rng.choice([1, method.num_lanes]))
+    grid = replace(plain, num_bands=rng.choice([1, 2, 4]))
     costs = Costs(**{name: rng.uniform(0, 2) for name in ("fixed", "per_latent", "per_pair", "first", "last", "decode",
                                                           "latency")}, bandwidth=rng.uniform(300, 30000))  # fmt: skip
     layers = split_layers([rng.uniform(0.5, 2) for _ in range(7)], grid.num_stages)
     timeline = simulate(plan, grid, layers, costs, SHAPE)
-    ends, decodes = played(plan, grid, layers, costs)
+    ends, decodes = played(plan, plain, layers, costs, grid.num_bands)
     for rank in range(grid.world_size):
         for i in range(len(plan.passes)):
-            if (rank, i) in ends:
-                assert timeline.ends[rank, i] == pytest.approx(ends[rank, i])
+            if (rank // grid.num_bands, i) in ends:
+                assert timeline.ends[rank, i] == pytest.approx(ends[rank // grid.num_bands, i])
             else:
                 assert np.isnan(timeline.ends[rank, i])
     assert [block for _, _, block in timeline.decodes] == [block for _, block in decodes]
@@ -135,13 +144,14 @@ def test_idle_of_dualparal_is_as_published_and_lanes_fill_the_pipe():
     assert [idle(plan, eight) for plan in plain] == pytest.approx([0.04, 0.48], abs=0.01)
     guided = [make_plan(dualparal(), 16 + 8 * (blocks - 1)) for blocks in (26, 5)]
     guided.append(make_plan(rolling(num_steps=4), 3 * 79 + 1))
-    best = [min(idle(plan, eight), idle(plan, Grid(num_stages=4, num_lanes=2))) for plan in guided]
+    grids = possible_grids(8, Limits(num_layers=SHAPE.num_layers, num_heads=8, num_rows=4, num_lanes=2), Degrees())
+    best = [fastest(plan, grids, Costs(), SHAPE).planned.mean_idle for plan in guided]
     assert all(found <= most for found, most in zip(best, (0.03, 0.15, 0.10), strict=True)), best
 
 
 def test_the_head_that_decodes_gets_fewer_layers():
     plan, grid = make_plan(rolling(), 60), Grid(num_stages=4)
-    layers = best_split(plan, grid, Costs(decode=100.0), 40)
+    layers = best_split(plan, grid, Costs(decode=100.0), SHAPE)
     assert len(layers[-1]) < min(len(part) for part in layers[:-1])
     split, equal = (simulate(plan, grid, x, Costs(decode=100.0), SHAPE).makespan for x in (layers, even(grid)))
     assert split < equal
@@ -161,6 +171,9 @@ def test_memory_is_shared_by_stages_and_lanes():
         assert len(found) == grid.world_size
         assert all(4 * x["weights"] == one["weights"] for x in found)
         assert all(4 * grid.num_lanes * x["features"] == one["features"] for x in found)
+    bands = memory(plan, Grid(num_stages=1, num_bands=4), [range(40)], SHAPE)
+    assert all(x["weights"] == one["weights"] and 4 * x["features"] == one["features"] for x in bands)
+    assert all(4 * x["activations"] == one["activations"] for x in bands)
 
 
 def test_a_thousand_processes_are_simulated_too():

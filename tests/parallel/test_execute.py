@@ -1,4 +1,7 @@
-"""N processes make the video that one makes, to the bit, and send nothing but latents and hidden states."""
+"""N processes make the video that one makes, and send nothing but latents and hidden states.
+
+Stages and lanes to the bit; bands cut matrices, and the video is the same but for rounding.
+"""
 
 import os
 import subprocess
@@ -13,8 +16,9 @@ import torch
 from longvid.sampler import noise_of, sample
 from parallel import snapshot
 from parallel.cost import feeding_order
-from parallel.grid import Grid, make_grid
-from tests.parallel.cases import LAYERS, cases, middle, whole_dit, whole_of
+from parallel.grid import Grid, cut_rows
+from parallel.split import split_layers
+from tests.parallel.cases import LAYERS, cases, grid_of, is_for, middle, whole_dit, whole_of
 from tests.whole_clip import CHANNELS, FPS, HEIGHT, WIDTH, clean, texts_of, words
 
 ROOT = Path(__file__).parents[2]
@@ -61,27 +65,37 @@ class Group:
     grid: Grid
 
 
-@pytest.fixture(scope="module", params=["2", "3", "4", "2-cfg", "4-cfg"])
+GROUPS = ["2", "3", "4", "2-lanes", "4-lanes", "4-bands", "4-bands-lanes"]
+
+
+@pytest.fixture(scope="module", params=GROUPS)
 def group(request, tmp_path_factory, alone, snapshots):
-    """Several processes, as stages or as stages and lanes, after all cases that have as many lanes."""
+    """Several processes, as stages, lanes and bands, after all cases that have as many lanes."""
     out = tmp_path_factory.mktemp(f"group-{request.param}")
-    num, _, kind = request.param.partition("-")
+    num, lanes, bands = request.param[0], 1 + ("lanes" in request.param), 1 + ("bands" in request.param)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}",
-             "-m", "tests.parallel.cases", str(out), str(snapshots), kind]  # fmt: skip
+             "-m", "tests.parallel.cases", str(out), str(snapshots), str(bands), str(lanes)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     made = [torch.load(out / f"{rank}.pt") for rank in range(int(num))]
-    assert len(made[0]) == len(CASES) if not kind else 12 < len(made[0]) < len(CASES)
-    grid = make_grid(int(num), has_guidance=True, num_layers=LAYERS, cfg_parallel=bool(kind))
-    return Group(made=made, snapshots=out / "snapshots", grid=grid)
+    assert set(made[0]) == {name for name, case in CASES.items() if is_for(name, case, bands, lanes)}
+    assert len(made[0]) >= 6
+    return Group(made=made, snapshots=out / "snapshots", grid=grid_of(int(num), bands, lanes))
 
 
-def test_the_video_is_that_of_one_process_to_the_bit(alone, group):
+def same(grid, x, y):
+    """To the bit, or within 1e-5 of the greatest value where matrices are cut."""
+    if grid.num_bands == 1:
+        return torch.equal(x, y)
+    return (x - y).abs().max() <= 1e-5 * y.abs().max()
+
+
+def test_the_video_is_that_of_one_process(alone, group):
     for name, found in group.made[0].items():
         assert not any(other[name]["blocks"] for other in group.made[1:]), "only the head has latents"
         assert list(found["blocks"]) == list(alone[name]), name
-        assert all(torch.equal(x, alone[name][block]) for block, x in found["blocks"].items()), name
+        assert all(same(group.grid, x, alone[name][block]) for block, x in found["blocks"].items()), name
 
 
 def test_only_latents_velocities_and_hidden_states_are_sent(group):
@@ -91,13 +105,21 @@ def test_only_latents_velocities_and_hidden_states_are_sent(group):
         for rank, found in enumerate(group.made):
             place = grid.place(rank)
             mine = sum(p.num_latents for p in passes if place.lane in (None, p.lane))
-            latents, hidden = 4 * CHANNELS * HEIGHT * WIDTH, 4 * (HEIGHT // 2) * (WIDTH // 2) * width
+            rows = cut_rows(HEIGHT // 2, grid.num_bands)
+            latents, hidden = [4 * CHANNELS * 2 * own * WIDTH for own in rows], 4 * (WIDTH // 2) * width
+            exchanged = 0
+            if grid.num_bands > 1:  # queries, keys, values of half of the heads, and what comes of half of the rows
+                depth = len(split_layers([1.0] * LAYERS, grid.num_stages)[place.stage])
+                exchanged = depth * mine * hidden * (3 * rows[place.band] + rows[1 - place.band]) // 2
+            assert found[name]["exchanged"] == exchanged
             if rank == 0:
-                abroad = [p for p in passes if grid.rank(p.lane if grid.num_lanes > 1 else 0, 0) != 0]
-                expected = latents * sum(p.num_latents for p in abroad)
+                firsts = [(p, band) for p in passes for band in range(grid.num_bands)
+                          if grid.rank(p.lane if grid.num_lanes > 1 else 0, 0, band) != 0]  # fmt: skip
+                expected = sum(latents[band] * p.num_latents for p, band in firsts)
             else:
-                expected = mine * (latents if place.stage == grid.num_stages - 1 else hidden)
-            assert found[name]["bytes"] == expected, (name, rank)
+                last = place.stage == grid.num_stages - 1
+                expected = mine * (latents[place.band] if last else hidden * rows[place.band])
+            assert found[name]["bytes"] == expected + exchanged, (name, rank)
 
 
 def test_nothing_is_held_that_has_arrived(group):
@@ -120,19 +142,19 @@ def resumed(name, folder):
     return run_alone(name, start=start)
 
 
-def is_end_of(whole, rest, case, folder):
+def is_end_of(grid, whole, rest, case, folder):
     """Whether the rest of a run is that of the whole, from the snapshot in the middle on."""
     left = {block for p in case.plan.passes[: middle(folder, case)] for block in p.emits}
     assert list(rest) == [block for block in whole if block not in left]
-    return all(torch.equal(rest[block], whole[block]) for block in rest)
+    return all(same(grid, rest[block], whole[block]) for block in rest)
 
 
 def test_a_run_goes_on_from_a_snapshot_on_another_number_of_processes(alone, group, snapshots):
     for name, found in group.made[0].items():
         case, folder = CASES[name], group.snapshots / name
-        assert is_end_of(alone[name], found["rest"], case, snapshots / name), name
+        assert is_end_of(group.grid, alone[name], found["rest"], case, snapshots / name), name
         assert snapshot.found(folder, whole_of(case)) == snapshot.found(snapshots / name, whole_of(case))
-        assert is_end_of(alone[name], resumed(name, folder), case, folder), name
+        assert is_end_of(group.grid, alone[name], resumed(name, folder), case, folder), name
 
 
 @pytest.mark.parametrize("name", CASES)

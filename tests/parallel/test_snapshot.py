@@ -42,7 +42,7 @@ def test_a_part_without_latents_reads_its_layers_alone(run, tmp_path):
     plan, _, _ = run
     make(run, tmp_path)
     done = snapshot.found(tmp_path, WHOLE)[2]
-    point = snapshot.read(tmp_path, done, [(1, 0)], torch.device("cpu"), None)
+    point = snapshot.read(tmp_path, done, snapshot.part_of([1], [0]), torch.device("cpu"), None)
     assert point.queue is None and point.cache.entries
     assert all(lane == 0 and set(entry.features) == {1} for (_, lane), entry in point.cache.entries.items())
 

@@ -106,6 +106,6 @@ def test_a_command_that_fails_is_named(longvid, here):
 
 def test_cases_are_all_combinations():
     found = cases(
-        models=[None], methods=["rolling", "dualparal"], nprocs=[1, 2], layouts=[True, False], threads=1, words=()
+        models=[None], methods=["rolling", "dualparal"], nprocs=[1, 2], layouts=["lanes", "stages"], threads=1, words=()
     )
     assert len(found) == 6 and json.dumps([case.command for case in found])

@@ -22,6 +22,16 @@ def test_text_and_json_say_the_same(longvid):
     assert lanes["lanes"] == 2 and [p["lane"] for p in lanes["processes"]] == [0, 1]
 
 
+def test_processes_that_share_heads_send_what_attention_needs(longvid):
+    words = ["plan", *QUICK, "--nproc", 2, "--layer-ms", 2, "--link-gbps", 8, "--json"]
+    found = [json.loads(longvid(*words, *more).out) for more in (["--no-cfg-parallel"], ["--sequence-parallel", 2])]
+    stages, bands = (x["processes"] for x in found)
+    assert found[1]["sequence"] == 2 and [p["band"] for p in bands] == [0, 1]
+    assert all(p["layers"] == [0, 2] and p["features_bytes"] == stages[0]["features_bytes"] for p in bands)
+    assert all(p["weights_bytes"] == 2 * stages[0]["weights_bytes"] for p in bands)
+    assert min(p["bytes_sent"] for p in bands) > max(p["bytes_sent"] for p in stages)
+
+
 def test_without_costs_times_are_in_units(longvid):
     found = json.loads(longvid("plan", *QUICK, "--nproc", 1, "--json").out)
     assert found["unit"] == "units" and found["speed_up"] == 1 and found["processes"][0]["idle"] == 0

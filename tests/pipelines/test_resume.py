@@ -74,6 +74,18 @@ def test_lanes_on_processes_of_their_own_go_on_on_one(model, here, uncut):
     hold(here, resume(here, "--nproc", 1), uncut("text", "generate"))
 
 
+def test_a_run_whose_processes_share_heads_goes_on_on_stages(model, here, tmp_path):
+    """Features of some heads each, as they were kept, are joined again; the video is the same but for rounding."""
+    ran = run(model, "generate", *FEW, "--output", tmp_path / "a.mp4", "--save-latents", tmp_path / "a")
+    assert ran.returncode == 0, ran.stderr
+    cut(model, here, "generate", "--sequence-parallel", "2", "--save-latents", here / "l", num=2, blocks=9)
+    assert list((here / "v.run" / "snapshots").glob("*/layer-001-lane-1-band-1-of-2.safetensors"))
+    ran = resume(here, "--nproc", 2)
+    assert ran.returncode == 0, ran.stderr
+    one, other = load_file(tmp_path / "a")["latents"], load_file(here / "l")["latents"]
+    assert one.shape == other.shape and (one - other).abs().max() <= 1e-5 * one.abs().max()
+
+
 @pytest.mark.parametrize("kind", ["image", "extend"])
 def test_what_a_video_starts_from_is_kept_in_mind(model, here, uncut, tmp_path_factory, kind):
     given = tmp_path_factory.mktemp("given")

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.pipelines.conftest import FPS, HEIGHT, WIDTH, film, load, read_json, save_film
 
@@ -55,6 +56,23 @@ def test_two_processes_make_the_video_of_one(model, longvid, here, kind):
     for name in ("idle_fraction", "peak_memory_mb", "bytes_sent"):
         assert [len(found[num][name]) for num in (1, 2)] == [1, 2]
     assert found[1]["bytes_sent"] == [0] and all(found[2]["bytes_sent"])
+
+
+def test_two_processes_share_heads(model, here):
+    """The same video but for rounding, half of the features each, and the exchanges are in the metrics."""
+    words = ["generate", "--num-frames", 29, "--num-steps", 3, "--threads", 1]
+    for num, more in ((1, []), (2, ["--sequence-parallel", 2, "--trace", here / "t.json"])):
+        out = ["--output", here / f"{num}.mp4", "--metrics", here / f"m{num}.json", "--save-latents", here / f"l{num}"]
+        ran = run(model, *words, *out, "--nproc", num, *more)
+        assert ran.returncode == 0, ran.stderr
+    one, two = (load_file(here / f"l{num}")["latents"] for num in (1, 2))
+    assert (one - two).abs().max() <= 1e-5 * one.abs().max()
+    found = [read_json(here / f"m{num}.json") for num in (1, 2)]
+    assert [x["layout"]["sequence"] for x in found] == [1, 2] and found[1]["layout"]["stages"] == 1
+    assert found[0]["bytes_exchanged"] == [0] and 0 < found[1]["bytes_exchanged"][1] < found[1]["bytes_sent"][1]
+    assert all(0 < x < found[1]["wall_s"] for x in found[1]["exchange_s"])
+    events = [event for event in read_json(here / "t.json")["traceEvents"] if event["name"] == "pass"]
+    assert len(events) == 4 * found[0]["passes"], "two processes, measured and planned"
 
 
 def test_torchrun_is_a_launcher_too(model, here):
@@ -150,7 +168,7 @@ def test_two_machines_make_the_video_of_one(model, here):
     assert hashes[0] == hashes[1]
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=150):
     """Until a file is there."""
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -241,6 +259,8 @@ def test_machines_that_do_not_meet(model, here, taken):
 @pytest.mark.parametrize("words, said", [
     (["--nnodes", 2, "--node-rank", 2, "--rdzv-endpoint", "a:1"], "node_rank=2 of nnodes=2"),
     (["--nnodes", 2, "--node-rank", 0], "must be HOST:PORT"),
+    (["--nproc", 3, "--sequence-parallel", 3], "sequence_parallel=3 must divide the model's 2 heads; use 1 or 2"),
+    (["--nproc", 3, "--stages", 2], "stages x sequence x lanes = 2 x 1 x 1 is 2, not nproc=3"),
     (["--nproc", 2, "--max-restarts", -1], "max_restarts=-1 must be at least 0"),
     (["--nproc", 2, "--rdzv-timeout", 0], "rdzv_timeout=0 must be at least 1"),
 ])  # fmt: skip

@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
+from parallel.grid import Degrees
 from pipelines.configure import configure
-from pipelines.spread import check_memory, grids_of
+from pipelines.spread import grids_of, grids_that_fit
 from tests.pipelines.conftest import read_json
 from tests.pipelines.test_spread import run
 
@@ -50,7 +51,25 @@ def test_each_process_reads_its_layers_alone(model, here):
 
 def test_a_model_that_is_too_large_for_the_gpu_is_refused(model):
     given = configure(model=model, num_frames=29, num_steps=3)
-    grids = grids_of(2, given, cfg_parallel=None)
-    check_memory(grids, given, 2**30)
+    grids = grids_of(2, given, Degrees())
+    assert grids_that_fit(grids, given, given.plan(), 2**30) == grids
     with pytest.raises(ValueError, match=r"a process needs 0\.0 GiB \(weights .*use more processes"):
-        check_memory(grids, given, 1000)
+        grids_that_fit(grids, given, given.plan(), 1000)
+
+
+def test_a_layout_that_is_too_large_for_the_gpu_is_not_chosen(model):
+    """Stages share weights and features, lanes features alone: there is a size at which stages fit and lanes do not."""
+    given = configure(model=model, num_frames=201, num_steps=16)
+    grids = grids_of(2, given, Degrees())
+    assert len(grids) == 2
+
+    def fitting(available):
+        try:
+            return grids_that_fit(grids, given, given.plan(), available)
+        except ValueError:
+            return []
+
+    found = [fitting(1024 * size) for size in range(10, 2000, 10)]
+    assert [len(some) for some in found] == sorted(len(some) for some in found)
+    assert [(grid.num_stages, grid.num_lanes) for grid in next(some for some in found if some)] == [(2, 1)]
+    assert found[0] == [] and found[-1] == grids
