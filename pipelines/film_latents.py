@@ -39,9 +39,9 @@ class FilmSet:
     num_latents: int
 
 
-PICTURES = FilmSet(name="pictures", first=100_000, num_films=60_000, num_latents=1)
+PICTURES = FilmSet(name="pictures", first=100_000, num_films=30_000, num_latents=1)
 OPENINGS = FilmSet(name="openings", first=200_000, num_films=10_000, num_latents=SINK + BLOCK)
-LONG = FilmSet(name="long", first=0, num_films=1_500, num_latents=SINK + RUN)
+LONG = FilmSet(name="long", first=0, num_films=850, num_latents=SINK + RUN)
 FILM_SETS = (PICTURES, OPENINGS, LONG)
 
 

@@ -58,8 +58,8 @@ class DiTTraining:
     objective: Objective = Objective()
     levels: LevelSampler = LevelSampler.STAIRCASE
     films_per_clip: int = 4
-    shift: float = 2.0
-    picture_share: tuple[float, float] = (1.0, 0.15)
+    shift: float = 4.0
+    picture_share: tuple[float, float] = (1.0, 0.5)
     opening_share: float = 0.4
     staircase_share: float = 0.7
     joint_share: float = 0.15

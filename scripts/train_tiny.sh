@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train the embedded model anew, part by part: scripts/train_tiny.sh DIR. The model folder is DIR/tiny.
-# Two cores need about two hours; each part can be resumed by running this again.
+# Two cores need about two and a half hours; each part can be resumed by running this again.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install "" run
