@@ -168,9 +168,9 @@ def walk(plan: Plan) -> list[int]:
 
 
 @pytest.mark.parametrize("method, latents", [
-    (rolling(num_steps=4), 4 + 9 + 3 * 3),  # sink (whole blocks), history of the head, the queue but its tail
-    (rolling(num_steps=4, lag=3), 4 + 9 + 3),
-    (rolling(num_steps=4, lag=4, guidance_scale=1.0), 4 + 9),
+    (rolling(num_steps=4), 1 + 6 + 3 * 3),  # sink (whole blocks), history of the head, the queue but its tail
+    (rolling(num_steps=4, lag=3), 1 + 6 + 3),
+    (rolling(num_steps=4, lag=4, guidance_scale=1.0), 1 + 6),
     (dualparal(num_steps=5), 4 * 8),  # the first latents of all of the queue but its head
     (rolling_forcing(), 3 + 18),
     (self_forcing(), 18),

@@ -43,7 +43,7 @@ def test_the_input_comes_first_and_whole(longvid, here, num_frames, height, widt
     assert distance(made[: len(expected)], expected) < 4
     written = read_json(here / "out.json")
     assert (written["ended"], written["input"], written["input_frames"]) == ("complete", "in.mp4", len(expected))
-    assert written["history_latents"] == min(12, (len(expected) - 1) // 4 + 1)
+    assert written["history_latents"] == min(7, (len(expected) - 1) // 4 + 1)
     assert written["metrics"]["frames"] == len(made)
 
 
@@ -81,7 +81,7 @@ def test_only_the_end_is_history(model, here):
 
     long, extension = save_film(here / "long.mp4", 80), None
     extension = extension_of(model, long)
-    assert extension.history_latents == 12
+    assert extension.history_latents == 7
     frames = np.concatenate(list(extend(extension, meter := Meter())))
     tail = frames[: extension.input_frames][-45:]
     assert len(tail) == 4 * (12 - 1) + 1 and meter.latent_sha256 == latents(long)
