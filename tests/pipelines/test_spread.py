@@ -112,9 +112,7 @@ def test_when_one_ends_all_end_and_the_video_plays(model, here, rank, kind, code
     words = command(model, "generate", "--nproc", 2, "--threads", 1, "--num-frames", 40001, "--output", here / "k.mp4")
     child = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 60
-        while not (here / "k.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for(here / "k.json")
         workers = workers_of(child.pid)
         assert len(workers) == 2
         os.kill(child.pid if rank is None else workers[rank], kind)
