@@ -83,7 +83,7 @@ def vae(folder: Path) -> None:
 
     ours = load_vae(open_folder(EMBEDDED), torch.float32).eval()
     theirs = AutoencoderKLWan.from_pretrained(EMBEDDED / "vae", torch_dtype=torch.float32).eval()
-    z = torch.randn(1, ours.config.z_dim, 13, 8, 8, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(1, ours.config.z_dim, 13, 16, 16, generator=torch.Generator().manual_seed(0))
     shape = [1, -1, 1, 1, 1]
     raw = z * torch.tensor(ours.config.latents_std).view(shape) + torch.tensor(ours.config.latents_mean).view(shape)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def dit(folder: Path) -> None:
     ours = load_dit(open_folder(EMBEDDED), torch.float32).eval()
     theirs = SkyReelsV2Transformer3DModel.from_pretrained(EMBEDDED / "transformer", torch_dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, ours.config.in_channels, 13, 8, 8, generator=generator)
+    x = torch.randn(1, ours.config.in_channels, 13, 16, 16, generator=generator)
     text = torch.randn(1, 160, ours.config.text_dim, generator=generator)
     t = torch.arange(13)[None] * 70
     with torch.no_grad():
@@ -115,7 +115,7 @@ def dit(folder: Path) -> None:
 
         difference = (ours(x, t.float(), words)[0] - reference()).abs().max()
         a, b = ratio(lambda: ours(x, t.float(), words), reference)
-    print(f"DiT forward, 13 latents 8x8: ours {1e3 * a:.1f} ms, diffusers {1e3 * b:.1f} ms, ratio {a / b:.2f}, "
+    print(f"DiT forward, 13 latents 16x16: ours {1e3 * a:.1f} ms, diffusers {1e3 * b:.1f} ms, ratio {a / b:.2f}, "
           f"largest difference {difference:.1e}")  # fmt: skip
 
 
