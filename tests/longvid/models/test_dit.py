@@ -6,7 +6,7 @@ import torch
 
 from longvid.models.attention import KV, attend, rotate, rotation
 from longvid.models.cache import Context
-from longvid.models.dit import SKYREELS, WAN, DiT, DiTConfig
+from longvid.models.dit import SKYREELS, WAN, DiT, DiTConfig, TanhGELU
 
 TOLERANCE = 2e-5
 SHAPE = dict(
@@ -132,3 +132,8 @@ def test_attention_in_training_is_that_of_inference():
             sums.append(out.double().square().sum())
         slope = sum((grad * way).sum() for grad, way in zip(grads, ways, strict=True))
         assert abs((sums[0] - sums[1]) / (2 * step) - slope) < 2e-2 * abs(slope)
+
+
+def test_gelu_in_training_is_the_one_of_inference():
+    x = torch.linspace(-6, 6, 1001)
+    torch.testing.assert_close(TanhGELU()(x.clone().requires_grad_()).detach(), TanhGELU()(x), atol=2e-6, rtol=0)
