@@ -167,9 +167,9 @@ def latent_errors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean squared error of the velocity of each latent (b, f), which count, and their levels.
 
-    The loss of flow matching (arXiv 2210.02747, section 4). A place counts by how far it stands out from its picture
-    and moves in time, so that a small thing before a large background is learned; `first_weight` (c,) weights the
-    channels of the first latent.
+    The loss of flow matching (arXiv 2210.02747, section 4); `first_weight` (c,) weights the channels of the first
+    latent. A weight may depend on level, channel and latent, never on what is shown: a place that counted more where a
+    thing stands taught the model to expect things there, and they came out too large and without a shape.
     """
     clean, levels = batch.clean, batch.levels
     noisy = add_noise(clean, noise, levels)
@@ -180,15 +180,7 @@ def latent_errors(
     channels = torch.ones(clean.shape[1:3])
     channels[:, 0] = first_weight
     error = ((velocity.float() - velocity_target(clean, noise)).square() * channels[..., None, None]).mean(1)
-    return (error * places(clean)).mean((2, 3)), batch.counts, levels
-
-
-def places(clean: Tensor) -> Tensor:
-    """Weight of each place (b, f, h, w), 1 on average or a little less."""
-    median = clean.flatten(3).median(3).values[..., None, None]
-    salience = (clean - median).abs().mean(1) + 2 * clean.std(2, correction=0).mean(1)[:, None]
-    mean = salience.mean((2, 3), keepdim=True).clamp(min=1e-6)
-    return 0.5 + 0.5 * (salience / mean).clamp(max=4)
+    return error.mean((2, 3)), batch.counts, levels
 
 
 def train_dit(
