@@ -38,7 +38,8 @@ class Pass(NamedTuple):
 
     `before` and `after` are the features read, in order of place; `writes` those kept; `updates` the blocks that take
     a solver step now that all lanes of this pass are there; `emits` the blocks that leave clean then; `frees` the
-    blocks whose features in this lane, `drops` those whose latents nobody needs afterwards.
+    blocks whose features in this lane nobody reads again before they are written anew, `drops` those whose latents
+    nobody needs afterwards.
     """
 
     tick: int

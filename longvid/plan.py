@@ -139,20 +139,27 @@ def _prune(passes: list[Pass], num_steps: int) -> list[Pass]:
 def _with_ends(passes: list[Pass], num_blocks: int, num_ready: int, num_steps: int) -> Iterator[Pass]:
     """The passes with what leaves after each: blocks that are clean, features and latents that nobody needs again."""
     emits = _emissions(passes, num_ready, num_steps)
-    last_read = {}
     last_cover = dict.fromkeys(range(num_blocks), 0)
     for i, p in enumerate(passes):
-        last_read.update(((piece.block, p.lane), i) for piece in p.before + p.after)
         last_cover.update((cover.block, i) for cover in p.covers)
         last_cover.update((block, i) for block in emits.get(i, ()))
-    frees: dict[int, list[int]] = {}
-    for (block, _), i in last_read.items():
-        frees.setdefault(i, []).append(block)
+    frees = _frees(passes)
     drops: dict[int, list[int]] = {}
     for block, i in last_cover.items():
         drops.setdefault(i, []).append(block)
     for i, p in enumerate(passes):
-        yield p._replace(emits=emits.get(i, ()), frees=tuple(frees.get(i, ())), drops=tuple(drops.get(i, ())))
+        yield p._replace(emits=emits.get(i, ()), frees=frees[i], drops=tuple(drops.get(i, ())))
+
+
+def _frees(passes: list[Pass]) -> list[tuple[int, ...]]:
+    """Blocks whose features nobody reads after each pass as they are: ever again, or before they are written anew."""
+    frees, awaited = [], set()
+    for p in reversed(passes):
+        awaited.difference_update((piece.block, p.lane) for piece in p.writes)
+        read = dict.fromkeys(piece.block for piece in p.before + p.after)
+        frees.append(tuple(block for block in read if (block, p.lane) not in awaited))
+        awaited.update((block, p.lane) for block in read)
+    return frees[::-1]
 
 
 def _emissions(passes: list[Pass], num_ready: int, num_steps: int) -> dict[int, tuple[int, ...]]:

@@ -92,7 +92,6 @@ class Run:
     latents: set[int] = field(init=False)
     dropped: set[int] = field(default_factory=set)
     cache: dict = field(default_factory=dict)
-    freed: set = field(default_factory=set)
     covered: Counter = field(default_factory=Counter)
     emitted: list[int] = field(default_factory=list)
     rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -137,7 +136,6 @@ class Run:
 
     def write(self, p):
         for piece in p.writes:
-            assert (piece.block, p.lane) not in self.freed
             cover = next(c for c in p.covers if c.block == piece.block)
             assert cover.step == piece.step and cover.start <= piece.start < piece.stop <= cover.stop
             self.cache[piece.block, p.lane] = piece
@@ -163,7 +161,6 @@ class Run:
         assert rest != [self.plan.method.num_steps], "a clean block leaves at once"
         for block in p.frees:
             del self.cache[block, p.lane]
-            self.freed.add((block, p.lane))
         for block in p.drops:
             self.latents.discard(block)
             assert block not in self.dropped
@@ -249,6 +246,17 @@ def test_memory_does_not_grow_with_length(name):
     short, long = (hold(make_plan(method, num_latents, (1,))) for num_latents in (241, 481))
     assert short.peak_features == long.peak_features and short.peak_latents == long.peak_latents < 80
     assert short.peak_features[0] <= method.sink + method.history + method.left + method.right + 2 * method.block_size
+
+
+def test_features_are_held_only_until_they_are_read_for_the_last_time_as_they_are():
+    """Those of noisy blocks serve their neighbours within a tick; between ticks there are the sink's and clean ones."""
+    plan = make_plan(make_method("rolling", num_steps=4, guidance_scale=1.0), 40)
+    held, between = set(), {}
+    for p, after in pairwise(plan.passes):
+        held = (held | {piece.block for piece in p.writes}) - set(p.frees)
+        if after.tick > p.tick:
+            between[p.tick] = sorted(held)
+    assert between == {tick: sorted({0, tick - 5, tick - 4} & set(range(tick - 3))) for tick in between}
 
 
 def test_ready_blocks_are_at_most_read():
