@@ -15,6 +15,7 @@ from longvid.worlds import World, sample_world
 from pipelines.configure import Run, configure
 from pipelines.generate import generate
 from pipelines.record import Meter, Outputs, record
+from pipelines.several import read_prompts
 
 HELD_OUT, NUM_PROMPTS = "held-out", 32
 """What stands for these prompts where a file is asked for, and how many there are."""
@@ -40,24 +41,11 @@ def held_out_prompts() -> list[Prompt]:
     return found
 
 
-def read_prompts(given: str) -> list[Prompt]:
-    """Prompts of a text file, one a line (empty lines and those that begin with # left out), or the held-out ones.
-
-    Raises ValueError for a file that is missing or holds none.
-    """
+def prompts_of(given: str) -> list[Prompt]:
+    """The held-out prompts, or those of a text file; ValueError as `read_prompts` raises it."""
     if given == HELD_OUT:
         return held_out_prompts()
-    path = Path(given)
-    if not path.is_file():
-        raise ValueError(f"prompts {given} is not a file; give one with a prompt a line, or {HELD_OUT}")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts {given} is not text in UTF-8; give a file with a prompt a line") from error
-    found = [Prompt(text=line) for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise ValueError(f"prompts {given} holds no prompt; write one a line, such as: a red ball bounces")
-    return found
+    return [Prompt(text=text) for text in read_prompts(Path(given))]
 
 
 def plan_videos(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.evaluate import Result, Source, as_json, evaluate_video, find_sources, source_of, summary
-from pipelines.evaluate_prompts import held_out_prompts, make_videos, plan_videos, read_prompts
+from pipelines.evaluate_prompts import held_out_prompts, make_videos, plan_videos, prompts_of
 from pipelines.evaluate_report import check_report, table, write_report
 from pipelines.film_features import frechet
 from pipelines.record import versions
@@ -66,7 +66,7 @@ def _made(
         raise ValueError("--prompt and --prompts both say what to show; give one of them")
     if num_prompts is not None and num_prompts < 1:
         raise ValueError(f"num_prompts={num_prompts} must be at least 1; try 8")
-    found = read_prompts(prompts)[:num_prompts]
+    found = prompts_of(prompts)[:num_prompts]
     folder = out / "videos"
     planned = plan_videos(found, folder, request, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)

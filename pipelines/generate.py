@@ -92,7 +92,7 @@ def encode_prompts(run: Run, several: tuple[str, ...] = ()) -> list[Text]:
     Raises ValueError for a prompt that the text encoder would cut. The encoder is gone afterwards.
     """
     encoder = TextEncoder.load(run.model, getattr(torch, run.dtype), run.device)
-    named = {f"prompt in line {line}": prompt for line, prompt in enumerate(several, 1)} or {"prompt": run.prompt}
+    named = {f"prompt number {number}": prompt for number, prompt in enumerate(several, 1)} or {"prompt": run.prompt}
     if run.method.num_lanes > 1:
         named["negative prompt"] = run.negative_prompt
     for name, prompt in named.items():

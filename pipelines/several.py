@@ -72,21 +72,20 @@ class Several:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line.
+    """The prompts of a file, one a line; empty lines and those that begin with # are left out.
 
-    Raises ValueError for a file that is missing, empty or no text, and for an empty line.
+    Raises ValueError for a file that is missing, is no text or holds no prompt.
     """
     if not path.is_file():
-        raise ValueError(f"prompts_file {path} is not a file; give a text file with a prompt in each line")
+        raise ValueError(f"prompts file {path} is not a file; give a text file with a prompt in each line")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompts_file {path} is not text in UTF-8 ({error.reason}); save it as such") from error
-    if not lines:
-        raise ValueError(f"prompts_file {path} is empty; give a prompt in each line")
-    if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
-        raise ValueError(f"line {empty[0]} of {path} is empty; each line is a prompt, so remove it")
-    return [line.strip() for line in lines]
+        raise ValueError(f"prompts file {path} is not text in UTF-8 ({error.reason}); save it as such") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"prompts file {path} holds no prompt; write one a line, such as: a red ball bounces")
+    return prompts
 
 
 def generate_several(

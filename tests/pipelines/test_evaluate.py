@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from longvid.media import VideoWriter
 from longvid.worlds import draw
 from pipelines.evaluate import borders_of, evaluate_video, find_sources
-from pipelines.evaluate_prompts import HELD_OUT, held_out_prompts, read_prompts
+from pipelines.evaluate_prompts import HELD_OUT, held_out_prompts, prompts_of
 from pipelines.evaluate_report import FILES
 from pipelines.film_features import CLIP_FRAMES, clips_of, frechet
 from pipelines.methods import METHODS
@@ -93,7 +93,7 @@ def test_a_model_and_its_prompts(longvid, here):
 
 def test_held_out_prompts_are_the_same_each_time():
     found = held_out_prompts()
-    assert found == read_prompts(HELD_OUT) and len({prompt.text for prompt in found}) == 32
+    assert found == prompts_of(HELD_OUT) and len({prompt.text for prompt in found}) == 32
     assert {thing.motion for prompt in found for thing in prompt.world.things} >= {"bounces", "spins", "circles"}
 
 
@@ -140,7 +140,7 @@ def test_clips_and_their_distance_to_true_films():
         ("film.mp4 --out full", ["evaluation.json exists", "--overwrite"]),
         ("film.mp4 --seed 3 --out found", ["--seed", "leave it out"]),
         ("film.mp4 --num-steps 3 --out found", ["--num-inference-steps"]),
-        ("--prompts gone.txt --out found", ["gone.txt", "held-out"]),
+        ("--prompts gone.txt --out found", ["gone.txt", "prompt in each line"]),
         ("--prompts p.txt --out found", ["p.txt", "no prompt"]),
         ("--prompts held-out --num-prompts 0 --out found", ["num_prompts=0"]),
         ("--prompts held-out --prompt x --out found", ["--prompt and --prompts"]),

@@ -86,12 +86,12 @@ def test_a_plan_of_several_fills_the_pipe(longvid, prompts):
 
 @pytest.mark.parametrize("content, more, said", [
     (None, [], "none.txt is not a file; give a text file with a prompt in each line"),
-    ("", [], "is empty; give a prompt in each line"),
-    ("a ball\n\na star\n", [], "line 2 of none.txt is empty"),
+    ("", [], "holds no prompt; write one a line"),
+    ("# a ball\n\n", [], "none.txt holds no prompt"),
     (b"\xff\xfe", [], "is not text in UTF-8"),
     ("a ball\na star\n", ["--prompt", "a ball"], "both say what to show; give one of them"),
     ("a ball\na star\n", ["--output", "v.mp4"], "v-2.mp4 exists; give another name"),
-    ("a ball\n" + "a star " * 40, [], "the prompt in line 2 has"),
+    ("a ball\n" + "a star " * 40, [], "the prompt number 2 has"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_line(longvid, here, content, more, said):
     (here / "v-2.mp4").write_bytes(b"")
