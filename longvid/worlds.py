@@ -53,7 +53,7 @@ _CONTRAST = 105.0  # least RGB distance of a thing from each colour behind it
 _REACH = 1.3  # no shape reaches farther than this many radii from its centre
 _PULSE = 0.28  # a pulsing radius goes from 1 - _PULSE to 1 + _PULSE
 
-_RADII = {"small": (0.1, 0.12), "large": (0.15, 0.18)}
+_RADII = {"small": (0.13, 0.15), "large": (0.19, 0.23)}
 _PERIODS = {
     "bounces": {"slow": (1.5, 1.9), "fast": (1.0, 1.3)},
     "circles": {"slow": (3.2, 4.0), "fast": (2.1, 2.6)},
@@ -141,13 +141,13 @@ def attributes(world: World) -> dict[str, int]:
 
 
 def sample_world(rng: np.random.Generator) -> World:
-    """Draw a world: 30 % have two things of different colours, thing 1 left of or above thing 2; 30 % pan."""
-    background = str(rng.choice(BACKGROUNDS, p=(0.46, 0.16, 0.13, 0.1, 0.15)))
+    """Draw a world: a quarter have two things of different colours, thing 1 left of or above thing 2; 30 % pan."""
+    background = str(rng.choice(BACKGROUNDS, p=(0.54, 0.14, 0.11, 0.09, 0.12)))
     colours = _sample_background_colours(rng, 1 if background == "plain" else 2)
     camera = str(rng.choice(CAMERAS, p=(0.2, 0.4, 0.4))) if background in _PATTERNS else "still"
     seen = [name for name in COLOURS if all(_distance(name, behind) >= _CONTRAST for behind in colours)]
     kinds = []
-    for colour in rng.choice(seen, 2 if rng.random() < 0.3 else 1, replace=False):
+    for colour in rng.choice(seen, 2 if rng.random() < 0.25 else 1, replace=False):
         motion, size, speed = (str(rng.choice(words)) for words in (MOTIONS, SIZES, SPEEDS))
         shape = str(rng.choice([name for name in SHAPES if motion != "spins" or name not in _ROUND]))
         kinds.append({"shape": shape, "colour": str(colour), "motion": motion, "size": size, "speed": speed})
@@ -193,7 +193,7 @@ def _sample_thing(rng: np.random.Generator, kind: dict[str, str], room: tuple[fl
     motion = kind["motion"]
     radius = rng.uniform(*_RADII[kind["size"]])
     if room != (0.0, 0.0, 1.0, 1.0):
-        radius = min(radius, 0.15)
+        radius = min(radius, 0.16)
     period = rng.uniform(*_PERIODS[motion][kind["speed"]])
     travel = reach_x = reach_y = 0.0
     if motion == "bounces":  # the fastest fall is 4 travel / period

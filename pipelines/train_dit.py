@@ -27,7 +27,7 @@ from pipelines.optimise import LoopConfig, optimise
 
 TINY_DIT = DiTConfig(
     class_name=SKYREELS, num_attention_heads=3, attention_head_dim=64, in_channels=8, out_channels=8, text_dim=128,
-    freq_dim=256, ffn_dim=576, num_layers=6,
+    freq_dim=256, ffn_dim=576, num_layers=8,
 )  # fmt: skip
 """Shape of the embedded DiT."""
 
