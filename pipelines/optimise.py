@@ -22,7 +22,7 @@ __all__ = ["Check", "Engine", "LoopConfig", "alone", "optimise"]
 Engine = Callable[[nn.Module, Loss, LoopConfig], Alone]
 """Makes what computes gradients and steps: `alone`, or one for several processes."""
 
-NOT_COMPARED = ("out", "log_every", "save_every", "tensorboard")
+NOT_COMPARED = ("out", "log_every", "save_every", "accumulation", "tensorboard")
 """What a resumed run may have otherwise."""
 
 
@@ -90,12 +90,14 @@ def _load(engine: Alone, ema: dict[str, Tensor], path: Path, now: dict) -> int:
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
-    then, defaults = state["config"], {f.name: f.default for f in fields(LoopConfig)}
-    differ = [name for name in {**now, **then} if now.get(name, defaults.get(name)) != then.get(name, defaults.get(name))]
-    if differ:
-        said = "; ".join(f"{name} was {then.get(name)}, now {now.get(name)}" for name in differ)
-        raise ValueError(f"{path} was made with another configuration ({', '.join(differ)} differ: {said}); use another "
-                         "--out, or what it was")  # fmt: skip
+    defaults = {f.name: f.default for f in fields(LoopConfig)}
+    now, then = {**defaults, **now}, {**defaults, **state["config"]}
+    if differ := [name for name in {**now, **then} if now.get(name) != then.get(name)]:
+        values = "; ".join(
+            f"{name} was {then.get(name, 'left out')}, now {now.get(name, 'left out')}" for name in differ
+        )
+        raise ValueError(f"{path} was made with another configuration ({', '.join(differ)} differ): {values}; use "
+                         "another --out, or what it was")  # fmt: skip
     engine.load(path, state, ema)
     return state["step"]
 
