@@ -15,12 +15,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from longvid.multitask import Multitask
 from pipelines.engine import Alone, Loss, add_finite
 from pipelines.optimizers import LoopConfig, Part, check_parts, new_adamw, new_optimizers, set_rate
 from pipelines.zero import zero_config
 
 SHARES = "shares"
 """Folder of what each process keeps of a ZeRO checkpoint."""
+
+
+def check_spread(part: str, config, num_processes: int) -> None:
+    """Raise ValueError for a training (of a VAE, a text encoder or a DiT) that so many processes cannot share."""
+    loop, is_one = config.loop, num_processes * config.loop.accumulation == 1
+    if part == "text" and num_processes > 1:
+        raise ValueError(f"nproc={num_processes} is for vae and dit; text trains in one process")
+    if part == "vae":
+        for count in {config.clips(step)[0] for step in (0, loop.num_steps - 1)}:
+            check_parts(count, num_processes, loop.accumulation)
+    check_parts(loop.batch_size, num_processes, loop.accumulation)
+    if part == "dit" and not is_one and config.objective.multitask is not Multitask.NONE:
+        raise ValueError(f"multitask={config.objective.multitask.value} weighs gradients of a whole batch, which must "
+                         "be in one process and one part; leave it or --nproc out")  # fmt: skip
+    if loop.deepspeed:
+        zero_config(loop, num_processes, dtype=config.dtype)
+        if part == "dit" and config.compile:
+            raise ValueError("compile is for training without deepspeed; leave --compile or --deepspeed out")
 
 
 class Entered(nn.Module):

@@ -151,14 +151,45 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
                        help="in this order; latents encodes films once, pack writes the model folder")  # fmt: skip
     train.add_argument("--out", metavar="DIR", required=True, help="the training folder, the same for all parts")
     train.add_argument("--steps", type=int, metavar="N", help="training steps (latents: films of each set, at most)")
-    train.add_argument("--batch-size", type=int, metavar="N")
+    train.add_argument("--batch-size", type=int, metavar="N", help="clips of a step, of all processes together")
     train.add_argument("--learning-rate", type=float, metavar="R")
     train.add_argument("--seed", type=int, default=0, metavar="N")
-    train.add_argument("--compile", action="store_true", help="dit: compile its layers for faster steps")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     train.add_argument("--model", metavar="DIR", help="pack: the model folder to write")
     train.add_argument("--threads", type=int, metavar="N")
+    _add_step_flags(train.add_argument_group("steps"))
+    spread = train.add_argument_group("processes (torchrun starts them, too)")
+    spread.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="vae, dit: processes, which share each "
+                        "batch (default: 1)")  # fmt: skip
+    spread.add_argument("--deepspeed", metavar="Z", help="vae, dit: zero1, zero2, zero3 or a DeepSpeed file, which may "
+                        'say "auto"; optimizer: AdamW, since ZeRO cuts the matrices that Muon needs')  # fmt: skip
+    looks = train.add_argument_group("looks")
+    looks.add_argument("--validate-every", type=int, default=0, metavar="N", help="dit: steps between two losses on "
+                       "films held out (default: none)")  # fmt: skip
+    looks.add_argument("--sample-every", type=int, default=0, metavar="N", help="dit: steps between two contact sheets "
+                       "of videos it makes (default: none)")  # fmt: skip
+    looks.add_argument("--tensorboard", action="store_true", default=None, help="curves beside log.jsonl")
     _add_objective_flags(train.add_argument_group("dit: levels and loss"))
+
+
+def _add_step_flags(steps) -> None:
+    steps.add_argument("--optimizer", choices=["muon", "adamw"], help="muon: with AdamW for what is no matrix "
+                       "(default: muon; with --deepspeed adamw)")  # fmt: skip
+    steps.add_argument("--lr-scheduler", choices=["cosine", "constant"], help="after the warm-up (default: cosine)")
+    steps.add_argument("--lr-warmup-steps", type=int, metavar="N", help="(default: 100)")
+    steps.add_argument("--gradient-accumulation-steps", type=int, metavar="K", help="parts in which a process takes "
+                       "its share of a batch (default: 1)")  # fmt: skip
+    steps.add_argument("--max-grad-norm", type=float, metavar="G", help="gradients are clipped to it (default: 1)")
+    steps.add_argument("--ema-decay", type=float, metavar="D", help="of the averaged weights, which are what is saved; "
+                       "0: the last ones (default: 0.999)")  # fmt: skip
+    steps.add_argument("--save-every", type=int, metavar="N", help="steps between two checkpoints (default: 500)")
+    steps.add_argument("--log-every", type=int, metavar="N", help="steps between two records (default: 50)")
+    steps.add_argument("--dtype", choices=["float32", "bfloat16"], help="vae, dit: of products; weights are float32 "
+                       "(default: bfloat16)")  # fmt: skip
+    steps.add_argument("--device", metavar="D", help="vae, dit: cpu or cuda (default: cpu)")
+    steps.add_argument("--gradient-checkpointing", action="store_true", default=None, help="dit: keep layers' inputs "
+                       "only and compute them again for gradients")  # fmt: skip
+    steps.add_argument("--compile", action="store_true", default=None, help="dit: compile its layers for faster steps")
 
 
 def _add_objective_flags(dit) -> None:

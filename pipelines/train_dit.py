@@ -218,7 +218,7 @@ def train_dit(
 
     `text` gives states of captions.
     """
-    dit, objective, path = dit or _new_dit(config), config.objective, config.loop.out / "intervals.json"
+    dit, objective, path = dit or new_dit(config), config.objective, config.loop.out / "intervals.json"
     _prepare(dit, config)
     first_weight = torch.ones(dit.config.in_channels)
     if objective.balance_first:
@@ -281,7 +281,7 @@ def losses_at_level(
     return losses
 
 
-def _new_dit(config: DiTTraining) -> DiT:
+def new_dit(config: DiTTraining) -> DiT:
     """A DiT at its start."""
     torch.manual_seed(config.loop.seed)
     dit = DiT(TINY_DIT)
