@@ -213,6 +213,18 @@ def _train(options: argparse.Namespace) -> int:
     return run_training(options)
 
 
+def _data(options: argparse.Namespace) -> int:
+    from pipelines.train_command import make_data
+
+    return make_data(options)
+
+
+def _lora(options: argparse.Namespace) -> int:
+    from pipelines.train_command import merge
+
+    return merge(options)
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     use_threads(options.threads)
     from pipelines.evaluate_run import evaluate
@@ -230,6 +242,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": _plan,
     "bench": _bench,
     "train": _train,
+    "data": _data,
+    "lora": _lora,
     "evaluate": _evaluate,
 }
 

@@ -8,6 +8,7 @@ which it also keeps the average. accelerate and deepspeed are imported here alon
 import os
 import shutil
 import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 
@@ -132,6 +133,7 @@ class Zero(Many):
     def _prepare(self, dtype: str) -> None:
         import deepspeed
 
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # one for each message
         # Without its own op for reductions on CPUs, which would be compiled for minutes, gloo does them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend())

@@ -50,6 +50,8 @@ class TrainRequest:
 
     `loop` are fields of LoopConfig, `dit` of DiTTraining, `options` levels and objective of the DiT, by name. Every
     `validate_every` steps (0: never) the loss on held-out films is taken, every `sample_every` videos are made.
+    `data` (the `folder` of videos, and fields of ClipConfig) is what a DiT of `model` is fine-tuned on, with `lora`
+    adapters of that rank.
     """
 
     part: str
@@ -62,17 +64,22 @@ class TrainRequest:
     options: Mapping[str, str | int | bool] = field(default_factory=dict)
     validate_every: int = 0
     sample_every: int = 0
+    data: Mapping[str, str | int | float] = field(default_factory=dict)
+    lora: int = 0
 
     def __post_init__(self):
         is_trained = self.part in RECIPE
         misplaced = [] if is_trained else [name for name in self.loop if name != "num_steps"]
         if self.part != "dit":
             misplaced += [*self.options, *(name for name in self.dit if name not in ("dtype", "device"))]
-            misplaced += [name for name in ("validate_every", "sample_every") if getattr(self, name)]
+            misplaced += [name for name in ("validate_every", "sample_every", "data", "lora") if getattr(self, name)]
         if self.part not in ("dit", "vae"):
             misplaced += [*self.dit, *(name for name in ("deepspeed", "accumulation") if name in self.loop)]
         if misplaced:
             raise ValueError(f"{misplaced[0]} is an option of the part dit, not of {self.part}; leave it out")
+        if self.part == "dit" and "folder" not in self.data and (self.model or self.lora or self.data):
+            given = next(name for name in ("model", "lora", *self.data) if getattr(self, name, True))
+            raise ValueError(f"{given} is for fine-tuning on videos, and no folder of them is given; add --data DIR")
         if min(self.validate_every, self.sample_every) < 0:
             raise ValueError(f"validate_every={self.validate_every}, sample_every={self.sample_every} must be at least "
                              "0; try 500")  # fmt: skip

@@ -16,6 +16,8 @@ LOOP_FLAGS = {
     "deepspeed": "deepspeed", "tensorboard": "tensorboard",
 }  # fmt: skip
 DIT_FLAGS = {"dtype": "dtype", "device": "device", "gradient_checkpointing": "checkpointing", "compile": "compile"}
+DATA_FLAGS = {"data": "folder", "height": "height", "width": "width", "fps": "fps", "num_frames": "num_frames",
+              "clips_per_video": "clips_per_video", "max_broken": "max_broken"}  # fmt: skip
 OPTION_FLAGS = ("levels", "loss_weighting", "multitask", "num_intervals", "interval_cost", "immiscible",
                 "balance_first")  # fmt: skip
 
@@ -27,15 +29,13 @@ def run_training(options: argparse.Namespace) -> int:
         raise ValueError(f"nproc={num} must be at least 1; try 2")
     is_spread = num > 1 or bool(options.deepspeed)
     use_threads(1 if is_spread and not is_worker() else options.threads)  # what starts others computes nothing
-    from pipelines.train import check_request
-
     request = request_of(options)
-    if not is_spread:
-        check_request(request, num)
-        return _print(request)
-    _check_installed("accelerate", *(["deepspeed"] if options.deepspeed else []))
+    if is_spread:
+        _check_installed("accelerate", *(["deepspeed"] if options.deepspeed else []))
     if not is_worker() or os.environ["RANK"] == "0":
-        check_request(request, num)
+        _check(request, num)
+    if not is_spread:
+        return _print(request, num)
     if not is_worker():
         return _start(options, num)
     from parallel.launch import join
@@ -43,7 +43,7 @@ def run_training(options: argparse.Namespace) -> int:
 
     device = request.dit.get("device", "cpu")
     with join(device, give_up) as device:
-        return _print(request.on(device), many(request.dit.get("dtype", "bfloat16"), device))
+        return _print(request.on(device), num, many(request.dit.get("dtype", "bfloat16"), device))
 
 
 def request_of(options: argparse.Namespace):
@@ -63,7 +63,8 @@ def request_of(options: argparse.Namespace):
         part=options.part, out=Path(options.out), seed=options.seed, resume=options.resume,
         model=Path(options.model) if options.model else None, loop=loop, dit=dit,
         options=_given(options, dict(zip(OPTION_FLAGS, OPTION_FLAGS, strict=True))),
-        validate_every=options.validate_every, sample_every=options.sample_every,
+        validate_every=options.validate_every, sample_every=options.sample_every, data=_given(options, DATA_FLAGS),
+        lora=0 if options.lora is None else options.lora,
     )  # fmt: skip
 
 
@@ -89,12 +90,62 @@ def _start(options: argparse.Namespace, num: int) -> int:
     return launch(cli.main, cli.__name__, options.words, how, fork=not (options.device or "").startswith("cuda"))
 
 
-def _print(request, *engine) -> int:
-    from pipelines.train import train
+def _check(request, num: int) -> None:
+    if request.data:
+        from pipelines.finetune import configure_finetuning
 
-    is_first = os.environ.get("RANK", "0") == "0" or not engine
-    for record in train(request, *engine, is_first=is_first):
+        configure_finetuning(request, num)
+    else:
+        from pipelines.train import check_request
+
+        check_request(request, num)
+
+
+def _print(request, num: int, *engine) -> int:
+    is_first = not engine or os.environ["RANK"] == "0"
+    if request.data:
+        from pipelines.finetune import configure_finetuning, finetune
+
+        records = finetune(configure_finetuning(request, num), *engine, is_first=is_first)
+    else:
+        from pipelines.train import train
+
+        records = train(request, *engine, is_first=is_first)
+    for record in records:
+        if "skipped" in record:
+            print(f"longvid train: {record['skipped']} is left out: {record['reason']}", file=sys.stderr, flush=True)
         if is_first:
-            print(json.dumps(record))
-            sys.stdout.flush()
+            print(json.dumps(record), flush=True)
+    return EXIT_DONE
+
+
+def make_data(options: argparse.Namespace) -> int:
+    """`longvid data make`."""
+    from longvid.plan import num_latents_of
+    from pipelines.make_data import make_films
+
+    num_latents_of(options.num_frames)
+    for record in make_films(Path(options.out), num_films=options.films, num_frames=options.num_frames,
+                             fps=options.fps, height=options.height, width=options.width,
+                             seed=options.seed):  # fmt: skip
+        print(json.dumps(record), flush=True)
+    return EXIT_DONE
+
+
+def merge(options: argparse.Namespace) -> int:
+    """`longvid lora merge`."""
+    use_threads(options.threads)
+    import torch
+
+    from longvid.checkpoints.diffusers_folder import copy_folder, load_dit, open_folder
+    from longvid.models.lora import merge_lora
+    from pipelines.configure import resolve_model
+
+    opened, out = open_folder(resolve_model(options.model)), Path(options.out)
+    if out.exists():
+        raise ValueError(f"{out} is there already; give another --out")
+    dit = load_dit(opened, torch.float32)
+    count = merge_lora(dit, Path(options.lora), options.scale)
+    copy_folder(opened, out, dit)
+    print(json.dumps({"model": str(out), "layers": count}))
     return EXIT_DONE

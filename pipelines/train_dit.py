@@ -9,6 +9,7 @@ both kinds of method. The prompt is dropped for a share of the clips, for guidan
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -213,10 +214,11 @@ def places(clean: Tensor) -> Tensor:
 def train_dit(
     config: DiTTraining, films: Mapping[str, FilmLatents], text: Callable[..., Text], *, resume: bool = False,
     dit: DiT | None = None, engine: Engine = alone, checks: Sequence[Check] = (),
+    options: Mapping[str, str | int] = MappingProxyType({}),
 ) -> Iterator[dict]:  # fmt: skip
     """Train a new DiT, or go on with `dit`, yielding log records; the last one holds the model as `dit`.
 
-    `text` gives states of captions.
+    `text` gives states of captions; `options` is what else must be the same in a resumed run.
     """
     dit, objective, path = dit or new_dit(config), config.objective, config.loop.out / "intervals.json"
     _prepare(dit, config)
@@ -239,8 +241,8 @@ def train_dit(
         )
 
     yield from optimise(
-        model.to(config.device), loss_at, config.loop, resume=resume, options=config.changes(), engine=engine,
-        checks=checks,
+        model.to(config.device), loss_at, config.loop, resume=resume, options={**config.changes(), **options},
+        engine=engine, checks=checks,
     )  # fmt: skip
     yield {"dit": dit}
 
