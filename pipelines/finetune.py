@@ -12,7 +12,7 @@ from longvid.checkpoints.diffusers_folder import Folder, copy_folder, load_dit, 
 from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.models.lora import FILE, add_lora, save_lora
 from longvid.models.text import TextEncoder
-from longvid.models.vae import VAE
+from longvid.models.vae import VAE, VAEConfig
 from longvid.video_folder import CaptionedVideo, read_captions
 from pipelines.checks import samples, validation
 from pipelines.configure import check_size, model_defaults, resolve_model
@@ -45,11 +45,7 @@ class Finetuning:
     def unit(self) -> int:
         """What sides of a picture are multiples of, in pixels: the VAE's factor times the patch."""
         patch = self.opened.transformer.get("patch_size", [1, 2, 2])[1]
-        return (
-            2 ** (len(self.opened.vae.get("dim_mult", [1, 2, 4, 4])) - 1)
-            * (self.opened.vae.get("patch_size") or 1)
-            * patch
-        )
+        return VAEConfig.from_dict(self.opened.vae).spatial_factor * patch
 
 
 def configure_finetuning(request: TrainRequest, num_processes: int) -> Finetuning:

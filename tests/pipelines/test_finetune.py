@@ -186,8 +186,10 @@ def test_too_many_broken_videos_are_an_error_that_names_the_first(longvid, here,
 def test_a_lora_of_another_model_or_damaged_is_refused(model, tmp_path):
     lora_of(model, tmp_path / FILE)
     tensors, dit = load_file(tmp_path / FILE), load_dit(open_folder(model), torch.float32)
-    cases = {"fit no layer": {name: torch.cat([t, t], 1) for name, t in tensors.items()},
-             "not as diffusers names": {name.removeprefix("transformer."): t for name, t in tensors.items()}}  # fmt: skip
+    cases = {
+        "fit no layer": {name: torch.cat([t, t], 1) for name, t in tensors.items()},
+        "not as diffusers names": {name.removeprefix("transformer."): t for name, t in tensors.items()},
+    }
     for says, content in cases.items():
         save_file({name: t.contiguous() for name, t in content.items()}, tmp_path / "odd.safetensors")
         with pytest.raises(ValueError, match=says):
