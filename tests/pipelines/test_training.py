@@ -106,7 +106,7 @@ def test_films_encoded_together_are_those_encoded_one_by_one(monkeypatch, num_la
     together = encode_films(vae, films, num_latents)
     for film, latents in zip(films, together, strict=True):
         one = encode_film(vae, film, num_latents)
-        assert (one - latents).square().mean() < 1e-4 * one.square().mean()
+        assert (one - latents).square().mean() < 1e-3 * one.square().mean()
 
 
 def test_parts_of_a_batch_of_films_add_up(tmp_path):
