@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pipelines.carry_out import EXIT_DONE, Broken, print_lines
+from pipelines.carry_out import Broken, print_lines
 from pipelines.flags import EXIT_WRONG_REQUEST, parser
 from pipelines.make import degrees_of, is_worker, make, use_threads
 
@@ -208,20 +208,21 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    use_threads(options.threads)
-    from pipelines.train import train
+    from pipelines.train_command import run_training
 
-    given = {name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate")}
-    names = ("levels", "loss_weighting", "multitask", "num_intervals", "interval_cost", "immiscible",
-             "balance_first")  # fmt: skip
-    of_dit = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    for line in train(options.part, Path(options.out), seed=options.seed, resume=options.resume,
-                      model=Path(options.model) if options.model else None, compile=options.compile,
-                      options=of_dit,
-                      **{name: value for name, value in given.items() if value is not None}):  # fmt: skip
-        print(json.dumps(line))
-        sys.stdout.flush()
-    return EXIT_DONE
+    return run_training(options)
+
+
+def _data(options: argparse.Namespace) -> int:
+    from pipelines.train_command import make_data
+
+    return make_data(options)
+
+
+def _lora(options: argparse.Namespace) -> int:
+    from pipelines.train_command import merge
+
+    return merge(options)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -241,6 +242,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": _plan,
     "bench": _bench,
     "train": _train,
+    "data": _data,
+    "lora": _lora,
     "evaluate": _evaluate,
 }
 

@@ -8,7 +8,7 @@ follows directly; in the others it is cut out of the film's next minutes, since 
 the sink, a gap, and the recent past.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from longvid import worlds
 from longvid.captions import caption
 from longvid.models.vae import VAE
+from longvid.types import Video
 
 SINK = 1
 BLOCK = 3
@@ -27,6 +28,7 @@ RUN = 15
 CLIP = 3 * BLOCK
 WARM_UP = 2
 FURTHEST = 240
+ENCODED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ PICTURES = FilmSet(name="pictures", first=100_000, num_films=30_000, num_latents
 OPENINGS = FilmSet(name="openings", first=200_000, num_films=10_000, num_latents=SINK + BLOCK)
 LONG = FilmSet(name="long", first=0, num_films=850, num_latents=SINK + RUN)
 FILM_SETS = (PICTURES, OPENINGS, LONG)
+HELD_OUT = FilmSet(name="held-out", first=300_000, num_films=64, num_latents=SINK + RUN)
+"""Long films that validation sees and training does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +67,50 @@ def film_at(seed: int, index: int) -> Film:
 @torch.no_grad()
 def encode_film(vae: VAE, film: Film, num_latents: int) -> Tensor:
     """Normalised latents (c, num_latents, h, w): the film's first ones, or a sink and a run where it is long."""
-    if num_latents <= SINK + BLOCK or film.start == SINK:
-        return _encode(vae, film.world, 0, num_latents)[0]
-    sink = _encode(vae, film.world, 0, SINK)
-    run = _encode(vae, film.world, film.start - WARM_UP, WARM_UP + num_latents - SINK)[:, :, WARM_UP:]
+    if _is_whole(film, num_latents):
+        return vae.encode(_frames(film.world, 0, num_latents))[0][0]
+    sink = vae.encode(_frames(film.world, 0, SINK))[0]
+    run = vae.encode(_frames(film.world, film.start - WARM_UP, WARM_UP + num_latents - SINK))[0][:, :, WARM_UP:]
     return torch.cat([sink, run], 2)[0]
 
 
-def _encode(vae: VAE, world: worlds.World, first: int, count: int) -> Tensor:
-    """Latents `first` to `first + count`. The encoder needs a few latents before it forgets where it began."""
+@torch.no_grad()
+def encode_films(vae: VAE, films: Sequence[Film], num_latents: int) -> Tensor:
+    """`encode_film` of each, (films, c, num_latents, h, w), in batches and bfloat16 products: several times faster."""
+    latents = [None] * len(films)
+    whole = [i for i, film in enumerate(films) if _is_whole(film, num_latents)]
+    cut = sorted(set(range(len(films))) - set(whole))
+    for i, found in _encoded(vae, [(i, _frames(films[i].world, 0, num_latents)) for i in whole]):
+        latents[i] = found
+    runs = ((i, _frames(films[i].world, films[i].start - WARM_UP, WARM_UP + num_latents - SINK)) for i in cut)
+    sinks = _encoded(vae, [(i, _frames(films[i].world, 0, SINK)) for i in cut])
+    for (i, sink), (_, run) in zip(sinks, _encoded(vae, list(runs)), strict=True):
+        latents[i] = torch.cat([sink, run[:, WARM_UP:]], 1)
+    return torch.stack(latents)
+
+
+def _is_whole(film: Film, num_latents: int) -> bool:
+    return num_latents <= SINK + BLOCK or film.start == SINK
+
+
+def _encoded(vae: VAE, videos: list[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """Each number with the normalised latents (c, f, h, w) of its video."""
+    for first in range(0, len(videos), ENCODED_AT_ONCE):
+        some = videos[first : first + ENCODED_AT_ONCE]
+        with torch.autocast("cpu", torch.bfloat16):
+            latents, _ = vae.encode(torch.cat([video for _, video in some]))
+        yield from zip([i for i, _ in some], latents.float(), strict=True)
+
+
+def _frames(world: worlds.World, first: int, count: int) -> Video:
+    """Pixels of latents `first` to `first + count`. The encoder needs a few before it forgets where it began."""
     frames = worlds.draw(world, 4 * (count - 1) + 1, start=4 * first)
-    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    return vae.encode(video)[0]
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 def make_shard(path: Path, vae: VAE, seed: int, indices: range, num_latents: int) -> None:
     """Encode the films of a range of addresses into one safetensors file (bfloat16)."""
-    latents = torch.stack([encode_film(vae, film_at(seed, i), num_latents).bfloat16() for i in indices])
+    latents = encode_films(vae, [film_at(seed, i) for i in indices], num_latents).bfloat16()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
     save_file({"latents": latents, "indices": torch.tensor(list(indices))}, aside)
@@ -107,6 +138,13 @@ class FilmLatents:
             )
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.films = [film_at(seed, int(i)) for shard in shards for i in shard["indices"]]
+
+    def beginnings(self, num_latents: int) -> "FilmLatents":
+        """The first latents of those films that have no gap after the first."""
+        chosen = [i for i, film in enumerate(self.films) if film.start == SINK]
+        cut = FilmLatents.__new__(FilmLatents)
+        cut.latents, cut.films = self.latents[chosen, :, :num_latents], [self.films[i] for i in chosen]
+        return cut
 
     def sample(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
         """Films (count, c, f, h, w), float32, and a caption for each."""

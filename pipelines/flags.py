@@ -20,7 +20,7 @@ def parser() -> Parser:
     """All commands and their flags."""
     top = Parser(prog="longvid", description="Minutes of video from a prompt: rolling block-wise denoising.")
     commands = top.add_subparsers(
-        dest="command", required=True, metavar="generate | extend | plan | bench | train | evaluate"
+        dest="command", required=True, metavar="generate | extend | plan | bench | train | data | lora | evaluate"
     )
     generate = commands.add_parser("generate", help="make a video from a prompt")
     generate.add_argument("--image", metavar="F", help="a picture that the video starts from (PNG, JPEG, WebP)")
@@ -43,6 +43,8 @@ def parser() -> Parser:
         commands.add_parser("bench", help="measure speed and memory of many cases, or compare two results")
     )
     _add_train_flags(commands.add_parser("train", help="train the embedded model, part by part"))
+    _add_data_flags(commands.add_parser("data", help="write the procedural films as a folder of videos"))
+    _add_lora_flags(commands.add_parser("lora", help="merge a LoRA into a model folder"))
     _add_evaluate_flags(
         commands.add_parser("evaluate", help="measure videos, or a model by the videos of many prompts")
     )
@@ -151,14 +153,77 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
                        help="in this order; latents encodes films once, pack writes the model folder")  # fmt: skip
     train.add_argument("--out", metavar="DIR", required=True, help="the training folder, the same for all parts")
     train.add_argument("--steps", type=int, metavar="N", help="training steps (latents: films of each set, at most)")
-    train.add_argument("--batch-size", type=int, metavar="N")
+    train.add_argument("--batch-size", type=int, metavar="N", help="clips of a step, of all processes together")
     train.add_argument("--learning-rate", type=float, metavar="R")
     train.add_argument("--seed", type=int, default=0, metavar="N")
-    train.add_argument("--compile", action="store_true", help="dit: compile its layers for faster steps")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    train.add_argument("--model", metavar="DIR", help="pack: the model folder to write")
+    train.add_argument("--model", metavar="DIR", help="pack: the model folder to write; dit with --data: the folder or "
+                       "hub id to fine-tune (default: the model in the box)")  # fmt: skip
     train.add_argument("--threads", type=int, metavar="N")
+    _add_step_flags(train.add_argument_group("steps"))
+    spread = train.add_argument_group("processes (torchrun starts them, too)")
+    spread.add_argument("--nproc", "--num-gpus", type=int, metavar="N", help="vae, dit: processes, which share each "
+                        "batch (default: 1)")  # fmt: skip
+    spread.add_argument("--deepspeed", metavar="Z", help="vae, dit: zero1, zero2, zero3 or a DeepSpeed file, which may "
+                        'say "auto"; optimizer: AdamW, since ZeRO cuts the matrices that Muon needs')  # fmt: skip
+    looks = train.add_argument_group("looks")
+    looks.add_argument("--validate-every", type=int, default=0, metavar="N", help="dit: steps between two losses on "
+                       "films held out (default: none)")  # fmt: skip
+    looks.add_argument("--sample-every", type=int, default=0, metavar="N", help="dit: steps between two contact sheets "
+                       "of videos it makes (default: none)")  # fmt: skip
+    looks.add_argument("--tensorboard", action="store_true", default=None, help="curves beside log.jsonl")
     _add_objective_flags(train.add_argument_group("dit: levels and loss"))
+    videos = train.add_argument_group("dit: fine-tuning on videos")
+    videos.add_argument("--data", metavar="DIR", help="a folder of videos with captions.jsonl")
+    videos.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank, not the model")
+    videos.add_argument("--height", type=int, metavar="N", help="pixels; videos are scaled and cut to it, turned, or a "
+                        "square of that area (default: the model's)")  # fmt: skip
+    videos.add_argument("--width", type=int, metavar="N", help="pixels (default: the model's)")
+    videos.add_argument("--fps", type=int, metavar="N", help="(default: the model's)")
+    videos.add_argument("--num-frames", type=int, metavar="N", help="of a clip, 12n + 1 (default: 61)")
+    videos.add_argument("--clips-per-video", type=int, metavar="N", help="at random places (default: 4)")
+    videos.add_argument("--max-broken", type=float, metavar="SHARE", help="of videos that may be unusable (default: "
+                        "0.1)")  # fmt: skip
+
+
+def _add_data_flags(data: argparse.ArgumentParser) -> None:
+    data.add_argument("what", choices=["make"], help="make: write films and their captions.jsonl")
+    data.add_argument("--out", metavar="DIR", required=True)
+    data.add_argument("--films", type=int, required=True, metavar="N", help="how many")
+    data.add_argument("--num-frames", type=int, default=161, metavar="N", help="of each, 4n + 1 (default: 161)")
+    data.add_argument("--fps", type=int, default=16, metavar="N", help="(default: 16)")
+    data.add_argument("--height", type=int, default=128, metavar="N", help="pixels (default: 128)")
+    data.add_argument("--width", type=int, default=128, metavar="N", help="pixels (default: 128)")
+    data.add_argument("--seed", type=int, default=0, metavar="N")
+
+
+def _add_lora_flags(lora: argparse.ArgumentParser) -> None:
+    lora.add_argument("what", choices=["merge"], help="merge: write a model folder with the LoRA in its weights")
+    lora.add_argument("--model", metavar="M", help="a model folder or a hub id (default: the model in the box)")
+    lora.add_argument("--lora", metavar="F", required=True, help="the LoRA, as longvid, diffusers and peft write it")
+    lora.add_argument("--scale", type=float, default=1.0, metavar="S", help="how much of it (default: 1)")
+    lora.add_argument("--out", metavar="DIR", required=True, help="the model folder to write")
+    lora.add_argument("--threads", type=int, metavar="N")
+
+
+def _add_step_flags(steps) -> None:
+    steps.add_argument("--optimizer", choices=["muon", "adamw"], help="muon: with AdamW for what is no matrix "
+                       "(default: muon; with --deepspeed adamw)")  # fmt: skip
+    steps.add_argument("--lr-scheduler", choices=["cosine", "constant"], help="after the warm-up (default: cosine)")
+    steps.add_argument("--lr-warmup-steps", type=int, metavar="N", help="(default: 100)")
+    steps.add_argument("--gradient-accumulation-steps", type=int, metavar="K", help="parts in which a process takes "
+                       "its share of a batch (default: 1)")  # fmt: skip
+    steps.add_argument("--max-grad-norm", type=float, metavar="G", help="gradients are clipped to it (default: 1)")
+    steps.add_argument("--ema-decay", type=float, metavar="D", help="of the averaged weights, which are what is saved; "
+                       "0: the last ones (default: 0.999)")  # fmt: skip
+    steps.add_argument("--save-every", type=int, metavar="N", help="steps between two checkpoints (default: 500)")
+    steps.add_argument("--log-every", type=int, metavar="N", help="steps between two records (default: 50)")
+    steps.add_argument("--dtype", choices=["float32", "bfloat16"], help="vae, dit: of products; weights are float32 "
+                       "(default: bfloat16)")  # fmt: skip
+    steps.add_argument("--device", metavar="D", help="vae, dit: cpu or cuda (default: cpu)")
+    steps.add_argument("--gradient-checkpointing", action="store_true", default=None, help="dit: keep layers' inputs "
+                       "only and compute them again for gradients")  # fmt: skip
+    steps.add_argument("--compile", action="store_true", default=None, help="dit: compile its layers for faster steps")
 
 
 def _add_objective_flags(dit) -> None:

@@ -102,7 +102,7 @@ def _take_part(options, task, described: dict, num_frames: int, source: Path | N
     """Be one of several processes."""
     from pipelines.spread import taken_part
 
-    with taken_part(task, whole=bool(task.outputs.trace), lost=_give_up) as (task, stage, layout):
+    with taken_part(task, whole=bool(task.outputs.trace), lost=give_up) as (task, stage, layout):
         if not stage.is_head:
             return work(task, stage)
         if not options.quiet:
@@ -125,7 +125,7 @@ def degrees_of(options):
     return Degrees(stages=options.stages, sequence=options.sequence_parallel, lanes=lanes)
 
 
-def _give_up(why: str) -> None:
+def give_up(why: str) -> None:
     """End at once, though the main thread waits for what will not come; the file so far plays."""
     print(f"longvid failed: {why}", file=sys.stderr, flush=True)
     os._exit(1)

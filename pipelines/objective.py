@@ -78,15 +78,17 @@ def combined_loss(
     errors: tuple[Tensor, Tensor, Tensor],
     edges: tuple[float, ...],
     rng: np.random.Generator,
+    total: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """`loss`, whose gradient is the step's, and with several tasks also `error`, the plain mean, to compare by.
 
-    `errors` are each latent's error (b, f), which count, and their levels. `model` is what is trained.
+    `errors` are each latent's error (b, f), which count, and their levels. `model` is what is trained. Of a part of a
+    batch `total` is how many latents of the whole batch count: what parts give adds up to what the whole gives.
     """
     error, counts, levels = errors
     error = error * level_weight(objective.loss_weighting, levels)
     weight = counts.float()
-    mean = (error * weight).sum() / weight.sum().clamp(min=1)
+    mean = (error * weight).sum() / (weight.sum() if total is None else total).clamp(min=1)
     if objective.multitask is Multitask.NONE:
         return {"loss": mean}
     losses, present = interval_losses(error, counts, levels, edges)

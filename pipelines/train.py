@@ -4,8 +4,8 @@ Each part keeps its checkpoint and log in a folder of its own under the training
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
@@ -17,17 +17,20 @@ from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE, VAEConfig
 from longvid.multitask import Multitask
 from longvid.weighting import LossWeighting
-from pipelines.film_latents import FILM_SETS, FilmLatents, make_latents
+from pipelines.checks import held_out, samples, validation
+from pipelines.engine_many import check_spread
+from pipelines.film_latents import FILM_SETS, HELD_OUT, LONG, FilmLatents, make_latents
+from pipelines.methods import make_method
 from pipelines.objective import Objective
-from pipelines.optimise import LoopConfig
-from pipelines.train_dit import TINY_DIT, DiTTraining, train_dit
+from pipelines.optimise import Engine, LoopConfig, alone
+from pipelines.train_dit import TINY_DIT, DiTTraining, new_dit, train_dit
 from pipelines.train_text import TextTraining, train_text
 from pipelines.train_vae import VAETraining, train_vae
 
 RECIPE = {
-    "vae": {"steps": 1900, "batch_size": 8, "learning_rate": 5e-3},
-    "text": {"steps": 2000, "batch_size": 64, "learning_rate": 4e-3},
-    "dit": {"steps": 4900, "batch_size": 8, "learning_rate": 2e-3},
+    "vae": {"num_steps": 1900, "batch_size": 8, "learning_rate": 5e-3},
+    "text": {"num_steps": 2000, "batch_size": 64, "learning_rate": 4e-3},
+    "dit": {"num_steps": 4900, "batch_size": 8, "learning_rate": 2e-3},
 }
 """How the embedded model is trained; its card says how it was."""
 
@@ -37,58 +40,119 @@ TINY_DEFAULTS = {
 }  # fmt: skip
 """What `longvid.json` of the embedded model says."""
 
+SAMPLE_PROMPTS = ("a red ball bounces on a navy background", "a yellow star spins on black", "a cyan ring drifts right")
+"""What is shown of a DiT while it trains."""
 
-def train(
-    part: str,
-    out: Path,
-    *,
-    seed: int = 0,
-    resume: bool = False,
-    model: Path | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    compile: bool = False,
-    options: Mapping[str, str | int | bool] = MappingProxyType({}),
-) -> Iterator[dict]:
-    """Run one part, yielding its log records; `options` are levels and objective of the DiT, by name.
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What is to be trained and how, as asked for: what is left out takes the recipe's value.
+
+    `loop` are fields of LoopConfig, `dit` of DiTTraining, `options` levels and objective of the DiT, by name. Every
+    `validate_every` steps (0: never) the loss on held-out films is taken, every `sample_every` videos are made.
+    `data` (the `folder` of videos, and fields of ClipConfig) is what a DiT of `model` is fine-tuned on, with `lora`
+    adapters of that rank.
+    """
+
+    part: str
+    out: Path
+    seed: int = 0
+    resume: bool = False
+    model: Path | None = None
+    loop: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+    dit: Mapping[str, str | bool] = field(default_factory=dict)
+    options: Mapping[str, str | int | bool] = field(default_factory=dict)
+    validate_every: int = 0
+    sample_every: int = 0
+    data: Mapping[str, str | int | float] = field(default_factory=dict)
+    lora: int = 0
+
+    def __post_init__(self):
+        is_trained = self.part in RECIPE
+        misplaced = [] if is_trained else [name for name in self.loop if name != "num_steps"]
+        if self.part != "dit":
+            misplaced += [*self.options, *(name for name in self.dit if name not in ("dtype", "device"))]
+            misplaced += [name for name in ("validate_every", "sample_every", "data", "lora") if getattr(self, name)]
+        if self.part not in ("dit", "vae"):
+            misplaced += [*self.dit, *(name for name in ("deepspeed", "accumulation") if name in self.loop)]
+        if misplaced:
+            raise ValueError(f"{misplaced[0]} is an option of the part dit, not of {self.part}; leave it out")
+        if self.part == "dit" and "folder" not in self.data and (self.model or self.lora or self.data):
+            given = next(name for name in ("model", "lora", *self.data) if getattr(self, name, True))
+            raise ValueError(f"{given} is for fine-tuning on videos, and no folder of them is given; add --data DIR")
+        if min(self.validate_every, self.sample_every) < 0:
+            raise ValueError(f"validate_every={self.validate_every}, sample_every={self.sample_every} must be at least "
+                             "0; try 500")  # fmt: skip
+
+    def on(self, device: str) -> "TrainRequest":
+        """The same on a device; a text encoder is on none."""
+        return replace(self, dit={**self.dit, "device": device})
+
+    def loop_config(self) -> LoopConfig:
+        """The loop of vae, text or dit. Raises ValueError for numbers that cannot be."""
+        return LoopConfig(out=self.out / self.part, seed=self.seed, **{**RECIPE[self.part], **self.loop})
+
+    def training(self) -> VAETraining | TextTraining | DiTTraining:
+        """The whole configuration of vae, text or dit."""
+        if self.part == "text":
+            return TextTraining(loop=self.loop_config())
+        if self.part == "vae":
+            return VAETraining(loop=self.loop_config(), **self.dit)
+        return DiTTraining(loop=self.loop_config(), fps=TINY_DEFAULTS["fps"], **self.dit, **dit_options(self.options))
+
+
+def check_request(request: TrainRequest, num_processes: int) -> None:
+    """Raise ValueError for what cannot be trained, or not by so many processes. Nothing is computed or written."""
+    if request.part not in RECIPE:
+        if num_processes > 1:
+            raise ValueError(f"nproc={num_processes} is for vae and dit; {request.part} runs in one process")
+        return
+    config = request.training()
+    check_new(config.loop.out, request.resume)
+    check_spread(request.part, config, num_processes)
+
+
+def train(request: TrainRequest, engine: Engine = alone, *, is_first: bool = True) -> Iterator[dict]:
+    """Run one part, yielding its log records. Of several processes the first writes.
 
     Raises ValueError if a part that it needs has not been trained, or a checkpoint is of another configuration.
     """
-    if options and part != "dit":
-        raise ValueError(f"{next(iter(options))} is an option of the part dit, not of {part}; leave it out")
-    chosen = dit_options(options)
+    part, out = request.part, request.out
     if part == "latents":
-        vae = load_vae(out)
-        for films in FILM_SETS:
-            wanted = min(films.num_films, steps or films.num_films)
-            for count in make_latents(out / "latents", vae, seed, films, wanted):
+        vae, most = load_vae(out), request.loop.get("num_steps")
+        for films in (*FILM_SETS, HELD_OUT):
+            for count in make_latents(out / "latents", vae, request.seed, films, min(films.num_films, most or 10**9)):
                 yield {"set": films.name, "films": count}
         return
     if part == "pack":
-        yield pack(out, model)
+        yield pack(out, request.model)
         return
-    recipe = RECIPE[part]
-    loop = LoopConfig(
-        out=out / part,
-        num_steps=steps or recipe["steps"],
-        batch_size=batch_size or recipe["batch_size"],
-        learning_rate=learning_rate or recipe["learning_rate"],
-        seed=seed,
-    )
-    check_new(loop.out, resume)
+    config = request.training()
     if part == "vae":
-        records = train_vae(VAETraining(loop=loop), resume=resume)
+        records = train_vae(config, resume=request.resume, engine=engine)
     elif part == "text":
-        records = train_text(TextTraining(loop=loop), resume=resume)
+        records = train_text(config, resume=request.resume)
     else:
-        sets = {films.name: FilmLatents(out / "latents", seed, films) for films in FILM_SETS}
-        records = train_dit(DiTTraining(loop=loop, compile=compile, **chosen), sets, load_text(out), resume=resume)
+        records = _train_dit(request, config, engine)
     for record in records:
-        if part in record:
-            _save_part(part, record[part], loop.out)
-        else:
+        if part not in record:
             yield record
+        elif is_first:
+            _save_part(part, record[part], config.loop.out)
+
+
+def _train_dit(request: TrainRequest, config: DiTTraining, engine: Engine) -> Iterator[dict]:
+    out, text, checks = request.out, load_text(request.out), []
+    sets = {films.name: FilmLatents(out / "latents", request.seed, films) for films in FILM_SETS}
+    dit = new_dit(config)
+    if request.validate_every:
+        films = held_out(FilmLatents(out / "latents", request.seed, HELD_OUT))
+        checks.append(validation(dit, config, films, text, request.validate_every))
+    if request.sample_every:
+        method = make_method(TINY_DEFAULTS["method"])
+        checks.append(samples(dit, load_vae(out), text, method, config, sets[LONG.name], SAMPLE_PROMPTS,
+                              request.sample_every))  # fmt: skip
+    return train_dit(config, sets, text, resume=request.resume, dit=dit, engine=engine, checks=checks)
 
 
 def dit_options(given: Mapping[str, str | int | bool]) -> dict[str, LevelSampler | Objective]:

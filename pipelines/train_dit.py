@@ -7,8 +7,9 @@ matrix or at random per block. Most see context as causal inference does, some a
 both kinds of method. The prompt is dropped for a share of the clips, for guidance.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ from longvid.assignment import nearest_noise
 from longvid.flow import add_noise, velocity_target
 from longvid.levels import LevelSampler, block_causal_mask, draw_levels, per_latent, soil
 from longvid.models.dit import SKYREELS, DiT, DiTConfig
-from longvid.models.text import TextEncoder
 from longvid.multitask import Multitask
+from longvid.types import Text
 from longvid.weighting import first_latent_weight
 from pipelines.film_latents import BLOCK, LONG, OPENINGS, PICTURES, SINK, FilmLatents
+from pipelines.memory import checkpoint_layers
 from pipelines.objective import Objective, WithUncertainty, combined_loss, edges_at, measured_edges
-from pipelines.optimise import LoopConfig, optimise
+from pipelines.optimise import Check, Engine, LoopConfig, alone, optimise
+from pipelines.optimizers import WHOLE, Part
 
 TINY_DIT = DiTConfig(
     class_name=SKYREELS, num_attention_heads=3, attention_head_dim=64, in_channels=8, out_channels=8, text_dim=128,
@@ -52,6 +55,8 @@ class DiTTraining:
     how levels are drawn; where by staircases, all but `staircase_share` of the long batches have them at random per
     block, and where by `sync`, no block is clean before the others, so there is no diffusion forcing. With `compile`
     layers are compiled, once for each shape of batch: a minute at the start (a C++ compiler is needed), then faster.
+    With `checkpointing` layers keep their inputs only and are computed again for the backward pass. `dtype` is that of
+    products: weights are float32. `fps` is for models that are told of it.
     """
 
     loop: LoopConfig
@@ -67,11 +72,16 @@ class DiTTraining:
     drop_text: float = 0.1
     worst_context: float = 0.1
     compile: bool = False
+    checkpointing: bool = False
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    fps: int = 24
 
     def changes(self) -> dict[str, str | int | bool]:
-        """Levels and options of the objective that are not at their defaults."""
+        """Levels, dtype and options of the objective that are not at their defaults."""
         is_default = self.levels is LevelSampler.STAIRCASE
-        return self.objective.changes() | ({} if is_default else {"levels": self.levels.value})
+        dtype = {} if self.dtype == "bfloat16" else {"dtype": self.dtype}
+        return self.objective.changes() | ({} if is_default else {"levels": self.levels.value}) | dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +96,16 @@ class Batch:
     levels: Tensor
     counts: Tensor
     mask: Tensor | None
+
+    def part(self, part: Part) -> "Batch":
+        """Some of its clips."""
+        rows = {name: part.of(getattr(self, name)) for name in ("clean", "captions", "levels", "counts")}
+        return replace(self, **rows)
+
+    def to(self, device: str) -> "Batch":
+        """Its tensors on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("clean", "levels", "counts")}
+        return replace(self, **moved, mask=None if self.mask is None else self.mask.to(device))
 
 
 def draw_batch(
@@ -163,7 +183,7 @@ def tokens_per_latent(latents: Tensor) -> int:
 
 
 def latent_errors(
-    dit: DiT, batch: Batch, text: Tensor, noise: Tensor, first_weight: Tensor
+    dit: DiT, batch: Batch, text: Tensor, noise: Tensor, first_weight: Tensor, *, dtype: str = "bfloat16", fps: int = 24
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean squared error of the velocity of each latent (b, f), which count, and their levels.
 
@@ -174,49 +194,75 @@ def latent_errors(
     clean, levels = batch.clean, batch.levels
     noisy = add_noise(clean, noise, levels)
     clips = len(clean) // len(text)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(clean.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         read = {i: tuple(y.repeat_interleave(clips, 0) for y in kv) for i, kv in dit.text_features(text).items()}
-        velocity, _ = dit(noisy, 1000 * levels, read, mask=batch.mask, keep=False)
-    channels = torch.ones(clean.shape[1:3])
-    channels[:, 0] = first_weight
+        velocity, _ = dit(noisy, 1000 * levels, read, mask=batch.mask, keep=False, fps=fps)
+    channels = torch.ones(clean.shape[1:3], device=clean.device)
+    channels[:, 0] = first_weight.to(clean.device)
     error = ((velocity.float() - velocity_target(clean, noise)).square() * channels[..., None, None]).mean(1)
     return error.mean((2, 3)), batch.counts, levels
 
 
 def train_dit(
-    config: DiTTraining, films: Mapping[str, FilmLatents], text: TextEncoder, *, resume: bool = False
-) -> Iterator[dict]:
-    """Train, yielding log records; the last one holds the model as `dit`."""
-    dit, objective, path = _new_dit(config), config.objective, config.loop.out / "intervals.json"
+    config: DiTTraining, films: Mapping[str, FilmLatents], text: Callable[..., Text], *, resume: bool = False,
+    dit: DiT | None = None, engine: Engine = alone, checks: Sequence[Check] = (),
+    options: Mapping[str, str | int] = MappingProxyType({}),
+) -> Iterator[dict]:  # fmt: skip
+    """Train a new DiT, or go on with `dit`, yielding log records; the last one holds the model as `dit`.
+
+    `text` gives states of captions; `options` is what else must be the same in a resumed run.
+    """
+    dit, objective, path = dit or new_dit(config), config.objective, config.loop.out / "intervals.json"
+    _prepare(dit, config)
     first_weight = torch.ones(dit.config.in_channels)
     if objective.balance_first:
         first_weight = first_latent_weight(films[LONG.name].latents[:MEASURED_FILMS].float())
     has_uncertainty = objective.multitask is Multitask.UNCERTAINTY
     model = WithUncertainty(dit, objective.num_intervals) if has_uncertainty else dit
 
-    def loss_at(step: int) -> dict[str, Tensor]:
+    def loss_at(step: int, part: Part = WHOLE) -> dict[str, Tensor]:
         rng = np.random.default_rng((config.loop.seed, step))
-        batch = draw_batch(rng, config, films, step / config.loop.num_steps)
-        captions = ["" if rng.uniform() < config.drop_text else caption for caption in batch.captions]
-        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        noise = torch.randn(batch.clean.shape, generator=generator)
-        if objective.immiscible:
-            noise = nearest_noise(batch.clean, noise)
-        errors = latent_errors(dit, batch, text(*captions), noise, first_weight)
+        batch, noise = draw_step(rng, config, films, step / config.loop.num_steps)
+        errors = errors_of(dit, config, batch.part(part), part.of(noise), text, first_weight)
         edges = edges_at(step, config.loop.num_steps, objective, CLEAN, path, measure)
-        return combined_loss(objective, model, errors, edges, rng)
+        return combined_loss(objective, model, errors, edges, rng, batch.counts.sum())
 
     def measure() -> tuple[float, ...]:
         return measured_edges(
             dit, lambda level: losses_at_level(dit, config, films, text, level), objective.num_intervals, CLEAN
         )
 
-    yield from optimise(model, loss_at, config.loop, resume=resume, options=config.changes())
+    yield from optimise(
+        model.to(config.device), loss_at, config.loop, resume=resume, options={**config.changes(), **options},
+        engine=engine, checks=checks,
+    )  # fmt: skip
     yield {"dit": dit}
 
 
+def draw_step(
+    rng: np.random.Generator, config: DiTTraining, films: Mapping[str, FilmLatents], progress: float
+) -> tuple[Batch, Tensor]:
+    """A whole step's batch, some captions dropped, and its noise (b, c, f, h, w), assigned if that is asked for."""
+    batch = draw_batch(rng, config, films, progress)
+    captions = ["" if rng.uniform() < config.drop_text else caption for caption in batch.captions]
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    noise = torch.randn(batch.clean.shape, generator=generator)
+    if config.objective.immiscible:
+        noise = nearest_noise(batch.clean, noise)
+    return replace(batch, captions=captions), noise
+
+
+def errors_of(
+    dit: DiT, config: DiTTraining, batch: Batch, noise: Tensor, text: Callable[..., Text], first_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`latent_errors` on the device, at the dtype and rate of the configuration."""
+    states = text(*batch.captions).to(config.device)
+    return latent_errors(dit, batch.to(config.device), states, noise.to(config.device), first_weight,
+                         dtype=config.dtype, fps=config.fps)  # fmt: skip
+
+
 def losses_at_level(
-    dit: DiT, config: DiTTraining, films: Mapping[str, FilmLatents], text: TextEncoder, level: float
+    dit: DiT, config: DiTTraining, films: Mapping[str, FilmLatents], text: Callable[..., Text], level: float
 ) -> list[Tensor]:
     """Mean error of some batches of long clips, the same in each call, with all latents at one shifted level."""
     losses = []
@@ -229,18 +275,24 @@ def losses_at_level(
     return losses
 
 
-def _new_dit(config: DiTTraining) -> DiT:
-    """A DiT at its start, compiled if asked for."""
+def new_dit(config: DiTTraining) -> DiT:
+    """A DiT at its start."""
     torch.manual_seed(config.loop.seed)
     dit = DiT(TINY_DIT)
     _start_at_zero(dit)
+    return dit
+
+
+def _prepare(dit: DiT, config: DiTTraining) -> None:
+    """Let its layers be compiled, or computed twice, if that is asked for."""
+    if config.checkpointing:
+        checkpoint_layers(dit)
     if config.compile:
         torch._dynamo.config.recompile_limit = 64
         if config.objective.needs_gradients:  # several backward passes, and donated buffers serve one
             torch._functorch.config.donated_buffer = False
         for layer in dit.blocks.values():
             layer.compile(dynamic=False)
-    return dit
 
 
 def _start_at_zero(dit: DiT) -> None:

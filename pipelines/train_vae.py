@@ -1,6 +1,6 @@
 """Train the embedded model's VAE on crops of procedural films."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from longvid import worlds
 from longvid.models.vae import VAE, VAEConfig
 from longvid.types import Video
-from pipelines.optimise import LoopConfig, optimise
+from pipelines.optimise import Check, Engine, LoopConfig, alone, optimise
+from pipelines.optimizers import WHOLE, Part
 
 TINY_VAE = dict(
     base_dim=16, decoder_base_dim=16, z_dim=8, dim_mult=[1, 2, 2], num_res_blocks=2, attn_scales=[],
@@ -34,6 +35,12 @@ class VAETraining:
     crop: int = 64
     worst_noise: float = 0.4
     size_weight: float = 1e-4
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+
+    def clips(self, step: int) -> tuple[int, int]:
+        """How many clips a step has, and of how many frames."""
+        return (self.loop.batch_size, 9) if step < self.short_steps else (max(1, self.loop.batch_size // 4), 41)
 
 
 def film_crops(rng: np.random.Generator, count: int, num_frames: int, crop: int) -> Video:
@@ -46,40 +53,49 @@ def film_crops(rng: np.random.Generator, count: int, num_frames: int, crop: int)
     return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def vae_loss(vae: VAE, video: Video, config: VAETraining, generator: torch.Generator) -> dict[str, Tensor]:
+def vae_loss(
+    vae: VAE, video: Video, config: VAETraining, generator: torch.Generator, part: Part = WHOLE
+) -> dict[str, Tensor]:
     """L1 and L2 on pixels of latents that were soiled with noise, and a little weight on their size.
 
     The noise is in units of each channel's standard deviation, so an encoder cannot outshout it by larger latents. The
     DiT's latents are never exact; a decoder that has seen inexact ones shows small errors as small errors.
+
+    `video` is a part of the step's batch; of several parts each has a deviation of its own.
     """
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         mean = vae.moments(video)[0].float()
-        deviation = mean.std((0, 2, 3, 4), keepdim=True)
-        share = config.worst_noise * torch.rand(len(mean), 1, 1, 1, 1, generator=generator)
-        noise = torch.randn(mean.shape, generator=generator)
+        deviation, count = mean.std((0, 2, 3, 4), keepdim=True), len(mean) * part.count
+        share = part.of(config.worst_noise * torch.rand(count, 1, 1, 1, 1, generator=generator)).to(video.device)
+        noise = part.of(torch.randn(count, *mean.shape[1:], generator=generator)).to(video.device)
         output = vae.reconstruct(mean + share * deviation * noise).float()
     error = output - video
     pixels = error.abs().mean() + error.square().mean()
     psnr = 10 * torch.log10(4 / error.detach().square().mean())
-    return {"loss": pixels + config.size_weight * mean.square().mean(), "size": deviation.mean(), "psnr": psnr}
+    loss = pixels + config.size_weight * mean.square().mean()
+    return {name: value / part.count for name, value in
+            (("loss", loss), ("size", deviation.mean()), ("psnr", psnr))}  # fmt: skip
 
 
-def train_vae(config: VAETraining, *, resume: bool = False) -> Iterator[dict]:
+def train_vae(
+    config: VAETraining, *, resume: bool = False, engine: Engine = alone, checks: Sequence[Check] = ()
+) -> Iterator[dict]:
     """Train, yielding log records; the last one holds the model as `vae`, with the statistics of its latents set."""
     torch.manual_seed(config.loop.seed)
     vae = VAE(VAEConfig.from_dict(TINY_VAE))
     _initialise(vae)
 
-    def loss_at(step: int) -> dict[str, Tensor]:
+    def loss_at(step: int, part: Part = WHOLE) -> dict[str, Tensor]:
         rng = np.random.default_rng((config.loop.seed, step))
-        is_short = step < config.short_steps
-        count, frames = (config.loop.batch_size, 9) if is_short else (max(1, config.loop.batch_size // 4), 41)
-        video = film_crops(rng, count, frames, config.crop)
+        video = part.of(film_crops(rng, *config.clips(step), config.crop)).to(config.device)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        return vae_loss(vae, video, config, generator)
+        return vae_loss(vae, video, config, generator, part)
 
-    yield from optimise(vae, loss_at, config.loop, resume=resume)
-    yield {"vae": with_statistics(vae, np.random.default_rng(config.loop.seed))}
+    options = {} if config.dtype == "bfloat16" else {"dtype": config.dtype}
+    yield from optimise(
+        vae.to(config.device), loss_at, config.loop, resume=resume, options=options, engine=engine, checks=checks
+    )
+    yield {"vae": with_statistics(vae.cpu(), np.random.default_rng(config.loop.seed))}
 
 
 def _initialise(vae: VAE) -> None:

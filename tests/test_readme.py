@@ -101,7 +101,7 @@ def test_flags_exist():
 def test_commands_parse():
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("longvid ")]
     used = {parser().parse_args(shlex.split(line)[1:]).command for line in lines}
-    assert used == {"generate", "extend", "plan", "bench", "train", "evaluate"}
+    assert used == {"generate", "extend", "plan", "bench", "train", "data", "lora", "evaluate"}
 
 
 def test_scripts_named_exist():

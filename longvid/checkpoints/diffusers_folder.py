@@ -168,6 +168,25 @@ def save_folder(path: Path | str, *, dit: DiT, vae: VAE, text: TextEncoder, sche
     os.replace(aside, path)
 
 
+def copy_folder(folder: Folder, path: Path | str, dit: DiT) -> None:
+    """Write the folder anew with another DiT of the same shape, in the dtypes that it has in its files.
+
+    The rest is copied. The folder is written aside and renamed. Raises FileExistsError if `path` exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path}: exists already; give a path that does not, or move it away")
+    aside, stem = path.with_name(f".{path.name}.part"), STEMS["transformer"]
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(folder.path, aside, ignore=shutil.ignore_patterns(f"{stem}*.safetensors*", ".*"))
+    files = open_tensors(folder.path / "transformer", stem)
+    tensors = {name: tensor.cpu().to(files.dtype(name)) for name, tensor in module_tensors(dit).items()}
+    save_tensors(aside / "transformer", stem, tensors)
+    for file in (folder.path / "vae").glob(f"{stem}*.safetensors*"):
+        shutil.copy(file, aside / "vae" / file.name)
+    os.replace(aside, path)
+
+
 def _check_class(path: Path, configs: dict[str, dict], part: str, known: tuple[str, ...]) -> None:
     given = configs[part].get("_class_name")
     if given not in known:

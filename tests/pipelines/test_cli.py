@@ -47,7 +47,11 @@ except SystemExit as stop:
 
 def test_help_names_every_flag_and_says_what_it_is(longvid):
     commands = next(action for action in cli.parser()._actions if action.dest == "command").choices
-    assert set(commands) == {"generate", "extend", "plan", "bench", "train", "evaluate"} == set(cli.COMMANDS)
+    assert (
+        set(commands)
+        == {"generate", "extend", "plan", "bench", "train", "data", "lora", "evaluate"}
+        == set(cli.COMMANDS)
+    )
     for name, command in commands.items():
         answer = longvid(name, "--help", model=None)
         assert (answer.code, answer.err) == (0, "")

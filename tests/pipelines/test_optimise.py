@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.optimise import LoopConfig, Optimizers, optimise, warmed_cosine
+from pipelines.optimise import LoopConfig, optimise
+from pipelines.optimizers import Optimizers, warmed_cosine
 from pipelines.train import check_new
 
 

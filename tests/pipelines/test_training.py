@@ -22,11 +22,13 @@ from pipelines.film_latents import (
     SINK,
     FilmLatents,
     encode_film,
+    encode_films,
     film_at,
 )
 from pipelines.film_latents import make_latents as make
 from pipelines.objective import Objective, combined_loss
 from pipelines.optimise import LoopConfig
+from pipelines.optimizers import Part
 from pipelines.train_dit import CLEAN, COPIES, TINY_DIT, DiTTraining, draw_batch, latent_errors, long_batch
 from pipelines.train_text import caption_batch
 from pipelines.train_vae import TINY_VAE, VAETraining, film_crops, vae_loss
@@ -94,6 +96,28 @@ def test_what_begins_a_film_is_one_encoding_of_it(index, num_latents):
     made = encode_film(vae, film, num_latents)
     assert made.shape[1] == num_latents and (film.start == SINK) == (index == 0)
     torch.testing.assert_close(made[:, :follows], expected)
+
+
+@pytest.mark.parametrize("num_latents", [1, 6])
+def test_films_encoded_together_are_those_encoded_one_by_one(monkeypatch, num_latents):
+    """But for bfloat16 products."""
+    monkeypatch.setattr(film_latents, "FURTHEST", 12)
+    vae, films = small_vae(), [film_at(0, i) for i in range(5)]
+    together = encode_films(vae, films, num_latents)
+    for film, latents in zip(films, together, strict=True):
+        one = encode_film(vae, film, num_latents)
+        assert (one - latents).square().mean() < 1e-3 * one.square().mean()
+
+
+def test_parts_of_a_batch_of_films_add_up(tmp_path):
+    """But for the deviation that noise is scaled by, which is each part's own."""
+    vae, config = small_vae(), VAETraining(loop=loop(tmp_path), dtype="float32")
+    video = film_crops(np.random.default_rng(0), 4, 5, 32)
+    losses = lambda part: vae_loss(vae, part.of(video), config, torch.Generator().manual_seed(0), part)  # noqa: E731
+    whole = losses(Part())
+    halves = [losses(Part(index=i, count=2)) for i in range(2)]
+    for name, value in whole.items():
+        assert sum(half[name] for half in halves).item() == pytest.approx(value.item(), rel=0.05)
 
 
 def test_no_latents_is_an_error_that_says_how_to_make_them(tmp_path):
