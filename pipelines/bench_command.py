@@ -18,25 +18,30 @@ def bench_command(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from pipelines.bench import TABLE, bench, cases
+    from pipelines.bench import bench, cases
+    from pipelines.bench_table import TABLE
 
     if options.folders or not options.out:
         raise ValueError("say where results go: longvid bench --out DIR")
     asked = {name: value.split(",") if value else [None] for name, value in
              (("models", options.model), ("methods", options.method), ("layouts", options.layout))}  # fmt: skip
+    if options.shape:
+        asked |= {"shapes": options.shape.split(","), "models": asked["models"] if options.model else []}
     if not all(num.isdigit() and int(num) for num in options.nproc.split(",")):
         raise ValueError(f"nproc={options.nproc} must be numbers of at least 1, such as 1,2,4")
     found = cases(**asked, nprocs=[int(num) for num in options.nproc.split(",")], threads=options.threads,
                   words=shlex.split(options.generate))  # fmt: skip
     out = Path(options.out)
-    for record in bench(found, out, repeats=options.repeats, warm_up=not options.no_warm_up):
+    words = [Path(word).name if word.startswith("/") else word for word in options.words]  # not this machine's folders
+    for record in bench(found, out, repeats=options.repeats, warm_up=not options.no_warm_up,
+                        command=shlex.join(["longvid", *words])):  # fmt: skip
         metrics = record["metrics"]
         print(f"{record['case']['name']}: {record['process_s']:.2f} s, {metrics['fps']:.1f} frames/s", file=sys.stderr)
     return print_lines((out / TABLE).read_text().splitlines())
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from pipelines.bench import compare, read
+    from pipelines.bench_table import compare, read
 
     if len(options.folders) != 2:
         raise ValueError(f"compare takes two folders, not {len(options.folders)}: before and after")

@@ -138,6 +138,8 @@ def _add_bench_flags(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--baseline", metavar="F", help="guard: the baseline (default: bench/guard.json of the tree)")
     sweep = bench.add_argument_group("the sweep: every combination of these, each separated by commas")
     sweep.add_argument("--model", metavar="M,...", help="model folders (default: the model in the box)")
+    sweep.add_argument("--shape", metavar="NAME,...", help="random weights in place of models, or besides: wan-1.3b, "
+                       "wan-14b, small or micro, with a size if another is wanted: wan-1.3b@480x832")  # fmt: skip
     sweep.add_argument("--method", metavar="NAME,...", help="methods (default: the model's)")
     sweep.add_argument("--nproc", metavar="N,...", default="1", help="processes (default: 1)")
     sweep.add_argument("--layout", metavar="L,...", default="fastest", help="what processes share: stages, lanes "
