@@ -138,21 +138,30 @@ def _prune(passes: list[Pass], num_steps: int) -> list[Pass]:
 
 def _with_ends(passes: list[Pass], num_blocks: int, num_ready: int, num_steps: int) -> Iterator[Pass]:
     """The passes with what leaves after each: blocks that are clean, features and latents that nobody needs again."""
-    emits = _emissions(passes, num_ready, num_steps)
-    last_read = {}
+    emits, frees = _emissions(passes, num_ready, num_steps), _last_reads(passes)
     last_cover = dict.fromkeys(range(num_blocks), 0)
     for i, p in enumerate(passes):
-        last_read.update(((piece.block, p.lane), i) for piece in p.before + p.after)
         last_cover.update((cover.block, i) for cover in p.covers)
         last_cover.update((block, i) for block in emits.get(i, ()))
-    frees: dict[int, list[int]] = {}
-    for (block, _), i in last_read.items():
-        frees.setdefault(i, []).append(block)
     drops: dict[int, list[int]] = {}
     for block, i in last_cover.items():
         drops.setdefault(i, []).append(block)
     for i, p in enumerate(passes):
         yield p._replace(emits=emits.get(i, ()), frees=tuple(frees.get(i, ())), drops=tuple(drops.get(i, ())))
+
+
+def _last_reads(passes: list[Pass]) -> dict[int, list[int]]:
+    """Blocks whose features nobody reads after each pass before they are written anew, or ever."""
+    frees: dict[int, list[int]] = {}
+    last: dict[tuple[int, int], int] = {}
+    for i, p in enumerate(passes):
+        last.update(((piece.block, p.lane), i) for piece in p.before + p.after)
+        for piece in p.writes:
+            if (read := last.pop((piece.block, p.lane), i)) != i:
+                frees.setdefault(read, []).append(piece.block)
+    for (block, _), i in last.items():
+        frees.setdefault(i, []).append(block)
+    return frees
 
 
 def _emissions(passes: list[Pass], num_ready: int, num_steps: int) -> dict[int, tuple[int, ...]]:

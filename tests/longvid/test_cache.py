@@ -168,10 +168,10 @@ def walk(plan: Plan) -> list[int]:
 
 
 @pytest.mark.parametrize("method, latents", [
-    (rolling(num_steps=4), 1 + 6 + 3 * 3),  # sink (whole blocks), history of the head, the queue but its tail
+    (rolling(num_steps=4), 1 + 6 + 2 * 3),  # sink (whole blocks), what the tail sees: the rest is let go when read last
     (rolling(num_steps=4, lag=3), 1 + 6 + 3),
     (rolling(num_steps=4, lag=4, guidance_scale=1.0), 1 + 6),
-    (dualparal(num_steps=5), 4 * 8),  # the first latents of all of the queue but its head
+    (dualparal(num_steps=5), 8),  # the first latents of one block, until the one before it has read them
     (rolling_forcing(), 3 + 18),
     (self_forcing(), 18),
     (replace(CAUSAL, left=3, history=5, sink=3, retire=False), 4 + 6 + 2),  # whole blocks, though read in part

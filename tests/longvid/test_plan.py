@@ -137,7 +137,7 @@ class Run:
 
     def write(self, p):
         for piece in p.writes:
-            assert (piece.block, p.lane) not in self.freed
+            self.freed.discard((piece.block, p.lane))
             cover = next(c for c in p.covers if c.block == piece.block)
             assert cover.step == piece.step and cover.start <= piece.start < piece.stop <= cover.stop
             self.cache[piece.block, p.lane] = piece
@@ -319,3 +319,10 @@ def test_nothing_left_to_make():
         with pytest.raises(ValueError, match=f"so {num_latents} must be more; try {sum(ready) + 1}$"):
             make_plan(method, num_latents, ready)
         make_plan(method, sum(ready) + 1, ready)
+
+
+def test_features_are_let_go_once_they_will_be_written_anew():
+    """A block's features are read by its neighbour in the same tick and never again: DualParal keeps those of one."""
+    plan = make_plan(METHODS["dualparal"](num_steps=6), 16 + 8 * 20)
+    run = hold(plan)
+    assert run.peak_features == {0: 8, 1: 8}, "those of one block, in each lane"
