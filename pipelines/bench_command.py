@@ -1,4 +1,4 @@
-"""The command `longvid bench`: a sweep, the comparison of two, the guard."""
+"""The command `longvid bench`: a sweep, the comparison of two, a report, the guard."""
 
 import argparse
 import shlex
@@ -14,7 +14,7 @@ def bench_command(options: argparse.Namespace) -> int:
     """Do what was asked; returns the exit code. Raises ValueError for flags that do not go together."""
     if options.what != "guard" and (options.update or options.baseline):
         raise ValueError("--update and --baseline are for the guard: longvid bench guard --update")
-    return {"run": _run, "compare": _compare, "guard": _guard}[options.what](options)
+    return {"run": _run, "compare": _compare, "report": _report, "guard": _guard}[options.what](options)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -46,6 +46,14 @@ def _compare(options: argparse.Namespace) -> int:
     if len(options.folders) != 2:
         raise ValueError(f"compare takes two folders, not {len(options.folders)}: before and after")
     return print_lines(compare(*(read(Path(folder)) for folder in options.folders)))
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pipelines.bench_report import write_report
+
+    if len(options.folders) != 1:
+        raise ValueError(f"report takes one folder, not {len(options.folders)}: longvid bench report DIR")
+    return print_lines([str(write_report(Path(options.folders[0])))])
 
 
 def _guard(options: argparse.Namespace) -> int:

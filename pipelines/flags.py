@@ -129,10 +129,12 @@ def _add_grid_flags(plan: argparse.ArgumentParser) -> None:
 
 
 def _add_bench_flags(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("what", nargs="?", choices=["run", "compare", "guard"], default="run",
-                       help="run a sweep (default), compare two folders of results, or count what fixed small runs do "
-                       "and hold it to the baseline")  # fmt: skip
-    bench.add_argument("folders", nargs="*", metavar="DIR", help="compare: the one before and the one after")
+    bench.add_argument("what", nargs="?", choices=["run", "compare", "report", "guard"], default="run",
+                       help="run a sweep (default), compare two folders of results, make a page of one, or count what "
+                       "fixed small runs do and hold it to the baseline")  # fmt: skip
+    bench.add_argument(
+        "folders", nargs="*", metavar="DIR", help="compare: the one before and the one after; report: one"
+    )
     bench.add_argument("--out", metavar="DIR", help="run: where results.jsonl, table.md, videos and traces go")
     bench.add_argument("--update", action="store_true", help="guard: make the counts of now the baseline")
     bench.add_argument("--baseline", metavar="F", help="guard: the baseline (default: bench/guard.json of the tree)")
