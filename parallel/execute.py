@@ -70,6 +70,11 @@ class Stage:
         return sum(link.num_bytes for link in self.outgoing) + self.exchange.num_bytes
 
     @property
+    def bytes_to(self) -> dict[int, int]:
+        """Bytes of latents and hidden states by the process they went to; exchanges within a stage come on top."""
+        return {link.to: link.num_bytes for link in self.outgoing if isinstance(link, Sender)}
+
+    @property
     def num_held(self) -> int:
         """Tensors held for one of its links, at most, since they may be under way."""
         return max(link.num_held for link in self.outgoing)

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -186,25 +185,9 @@ def _plan_grid(options, run, plan) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from pipelines.bench import TABLE, bench, cases, compare, read
+    from pipelines.bench_command import bench_command
 
-    if options.what == "compare":
-        if len(options.folders) != 2:
-            raise ValueError(f"compare takes two folders, not {len(options.folders)}: before and after")
-        return print_lines(compare(*(read(Path(folder)) for folder in options.folders)))
-    if options.folders or not options.out:
-        raise ValueError("say where results go: longvid bench --out DIR")
-    asked = {name: value.split(",") if value else [None] for name, value in
-             (("models", options.model), ("methods", options.method), ("layouts", options.layout))}  # fmt: skip
-    if not all(num.isdigit() and int(num) for num in options.nproc.split(",")):
-        raise ValueError(f"nproc={options.nproc} must be numbers of at least 1, such as 1,2,4")
-    found = cases(**asked, nprocs=[int(num) for num in options.nproc.split(",")], threads=options.threads,
-                  words=shlex.split(options.generate))  # fmt: skip
-    out = Path(options.out)
-    for record in bench(found, out, repeats=options.repeats, warm_up=not options.no_warm_up):
-        metrics = record["metrics"]
-        print(f"{record['case']['name']}: {record['process_s']:.2f} s, {metrics['fps']:.1f} frames/s", file=sys.stderr)
-    return print_lines((out / TABLE).read_text().splitlines())
+    return bench_command(options)
 
 
 def _train(options: argparse.Namespace) -> int:

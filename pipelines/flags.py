@@ -131,12 +131,19 @@ def _add_grid_flags(plan: argparse.ArgumentParser) -> None:
 
 
 def _add_bench_flags(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("what", nargs="?", choices=["run", "compare"], default="run",
-                       help="run a sweep (default), or compare two folders of results")  # fmt: skip
-    bench.add_argument("folders", nargs="*", metavar="DIR", help="compare: the one before and the one after")
+    bench.add_argument("what", nargs="?", choices=["run", "compare", "report", "guard"], default="run",
+                       help="run a sweep (default), compare two folders of results, make a page of one, or count what "
+                       "fixed small runs do and hold it to the baseline")  # fmt: skip
+    bench.add_argument(
+        "folders", nargs="*", metavar="DIR", help="compare: the one before and the one after; report: one"
+    )
     bench.add_argument("--out", metavar="DIR", help="run: where results.jsonl, table.md, videos and traces go")
+    bench.add_argument("--update", action="store_true", help="guard: make the counts of now the baseline")
+    bench.add_argument("--baseline", metavar="F", help="guard: the baseline (default: bench/guard.json of the tree)")
     sweep = bench.add_argument_group("the sweep: every combination of these, each separated by commas")
     sweep.add_argument("--model", metavar="M,...", help="model folders (default: the model in the box)")
+    sweep.add_argument("--shape", metavar="NAME,...", help="random weights in place of models, or besides: wan-1.3b, "
+                       "wan-14b, small or micro, with a size if another is wanted: wan-1.3b@480x832")  # fmt: skip
     sweep.add_argument("--method", metavar="NAME,...", help="methods (default: the model's)")
     sweep.add_argument("--nproc", metavar="N,...", default="1", help="processes (default: 1)")
     sweep.add_argument("--layout", metavar="L,...", default="fastest", help="what processes share: stages, lanes "

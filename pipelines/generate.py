@@ -175,7 +175,8 @@ def _usage(run: Run, models: Models, seconds: float) -> list[Usage]:
     this = Usage(
         idle_fraction=stage.waited_s / seconds if stage else 0.0, peak_memory_mb=peak,
         bytes_sent=stage.num_bytes if stage else 0, bytes_exchanged=stage.exchange.num_bytes if stage else 0,
-        exchange_s=stage.exchange.waited_s if stage else 0.0, weight_bytes_read=models.bytes_read,
+        bytes_to=stage.bytes_to if stage else {}, exchange_s=stage.exchange.waited_s if stage else 0.0,
+        weight_bytes_read=models.bytes_read,
     )  # fmt: skip
     return [this] if stage is None else from_all(this)
 

@@ -146,7 +146,7 @@ class Meter(Observer):
     def metrics(self, run: Run, num_frames: int) -> dict:
         """What `--metrics` holds; lists have an entry per process, or one for this process until all have ended."""
         this = Usage(idle_fraction=0.0, peak_memory_mb=peak_memory_mb(run.device), bytes_sent=0, bytes_exchanged=0,
-                     exchange_s=0.0, weight_bytes_read=0)  # fmt: skip
+                     bytes_to={}, exchange_s=0.0, weight_bytes_read=0)  # fmt: skip
         processes = self.processes or [this]
         wall = time.perf_counter() - self.start
         return {

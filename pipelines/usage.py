@@ -13,13 +13,15 @@ import torch
 class Usage:
     """The share of the time that a process waited for others, its peak memory, what it sent to others, and read.
 
-    `bytes_exchanged` of what was sent went to the processes that share its stage, and `exchange_s` went by meanwhile.
+    `bytes_exchanged` of what was sent went to the processes that share its stage, and `exchange_s` went by meanwhile;
+    `bytes_to` is the rest by the process that it went to.
     """
 
     idle_fraction: float
     peak_memory_mb: float
     bytes_sent: int
     bytes_exchanged: int
+    bytes_to: dict[int, int]
     exchange_s: float
     weight_bytes_read: int
 

@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from pipelines.bench import FIGURES, cases, compare, read
+from pipelines.bench import cases
+from pipelines.bench_table import FIGURES, compare, read
 
 
 @pytest.fixture(scope="module")
-def swept(model, tmp_path_factory):
+def swept(tmp_path_factory):
     """A sweep over one and two processes."""
     import subprocess
     import sys
@@ -17,7 +18,7 @@ def swept(model, tmp_path_factory):
     from tests.pipelines.test_spread import ENVIRONMENT
 
     out = tmp_path_factory.mktemp("bench") / "out"
-    words = ["bench", "--out", out, "--model", model, "--nproc", "1,2", "--layout", "stages", "--repeats", 2,
+    words = ["bench", "--out", out, "--shape", "micro@16x24", "--nproc", "1,2", "--layout", "stages", "--repeats", 2,
              "--threads", 1, "--no-warm-up", "--generate", "--num-frames 29 --num-steps 2 --seed 4"]  # fmt: skip
     ran = subprocess.run([sys.executable, "-m", "pipelines.cli", *map(str, words)], env=ENVIRONMENT, text=True,
                          capture_output=True, timeout=200, check=False)  # fmt: skip
@@ -42,8 +43,10 @@ def test_a_sweep_interleaves_and_keeps_everything(swept):
         )
     lines = (out / "table.md").read_text().splitlines()
     assert ran.stdout.splitlines() == lines
-    columns = [cell.strip() for cell in lines[2].split("|")]
-    rows = [dict(zip(columns, (cell.strip() for cell in line.split("|")), strict=True)) for line in lines[4:]]
+    assert lines[0].startswith("`longvid bench --out ") and records[0]["date"] in lines[0]
+    columns = [cell.strip() for cell in lines[4].split("|")]
+    rows = [dict(zip(columns, (cell.strip() for cell in line.split("|")), strict=True)) for line in lines[6:8]]
+    assert lines[8] == "" and len(lines) == 13 and " to 1 |" in lines[11] and " to 0 |" in lines[12]
     assert len(rows) == 2 and rows[0]["speed-up"] == rows[0]["efficiency"] == "1.00"
     assert float(rows[1]["efficiency"]) == pytest.approx(float(rows[1]["speed-up"]) / 2, abs=0.01)
     name = records[1]["case"]["name"]
@@ -88,6 +91,7 @@ def test_other_latents_are_said(swept):
     ([], "longvid bench --out DIR"),
     (["--out", "x", "--nproc", "0"], "nproc=0 must be"),
     (["--out", "x", "--nproc", "two"], "nproc=two must be"),
+    (["--out", "x", "--shape", "small,huge"], "shape 'huge' is unknown; use wan-1.3b"),
     (["--out", "x", "--layout", "rows"], "layout 'rows' is unknown"),
     (["--out", "x", "--repeats", "0"], "repeats=0 must be"),
     (["--out", "x", "--nproc", "1,1"], "two cases are called"),

@@ -23,7 +23,7 @@ LONG = 20_001
 """Frames that no run gets to in the time of a test."""
 METRICS = {
     "frames", "seconds_of_video", "wall_s", "first_frame_s", "fps", "passes", "idle_fraction", "peak_memory_mb",
-    "block_p50_s", "block_p95_s", "steady_fps", "bytes_sent", "bytes_exchanged", "exchange_s",
+    "block_p50_s", "block_p95_s", "steady_fps", "bytes_sent", "bytes_exchanged", "bytes_to", "exchange_s",
     "weight_bytes_read", "layout", "latent_sha256", "config",
 }  # fmt: skip
 
