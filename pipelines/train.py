@@ -30,7 +30,7 @@ from pipelines.train_vae import VAETraining, train_vae
 RECIPE = {
     "vae": {"num_steps": 1900, "batch_size": 8, "learning_rate": 5e-3},
     "text": {"num_steps": 2000, "batch_size": 64, "learning_rate": 4e-3},
-    "dit": {"num_steps": 4900, "batch_size": 8, "learning_rate": 2e-3},
+    "dit": {"num_steps": 9000, "batch_size": 8, "learning_rate": 2e-3},
 }
 """How the embedded model is trained; its card says how it was."""
 

@@ -64,8 +64,8 @@ class DiTTraining:
     levels: LevelSampler = LevelSampler.STAIRCASE
     films_per_clip: int = 4
     shift: float = 4.0
-    picture_share: tuple[float, float] = (1.0, 0.5)
-    opening_share: float = 0.4
+    picture_share: tuple[float, float] = (1.0, 0.2)
+    opening_share: float = 0.5
     staircase_share: float = 0.7
     joint_share: float = 0.15
     start_share: float = 0.3
