@@ -140,7 +140,7 @@ def child(options: argparse.Namespace, case: str, file: Path) -> None:
     file.write_text(json.dumps(found | {"peak_memory_mb": [peak_memory_mb("cpu")]}))
 
 
-def run_alone(options: argparse.Namespace, words: list[str], case: str, file: Path) -> dict:
+def run_alone(words: list[str], case: str, file: Path) -> dict:
     """A case in a new process; what it measured, and the time of the whole."""
     start = time.time()
     subprocess.run([sys.executable, __file__, *words, "--child", case, str(file)], check=True, cwd=ROOT)
@@ -166,6 +166,19 @@ def run_together(options: argparse.Namespace, layout: str, file: Path) -> dict:
     found["config"]["model"] = run.model.name
     found["first_frame_s"] += found["process_s"] - found["wall_s"]
     return found
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for what cannot be, before anything runs."""
+    from parallel.grid import Degrees
+    from pipelines.spread import grids_of
+
+    for case in (WINDOWS, OWN, *([OWN + ", also"] if options.also else [])):
+        requested(options, case)
+    if num := options.sequence_parallel:
+        run = requested(options, OWN)
+        for degrees in (Degrees(sequence=num, lanes=1), Degrees(stages=num, lanes=1)):
+            grids_of(num, run, degrees)
 
 
 def drift(video: Path, prompt: str) -> dict:
@@ -243,7 +256,7 @@ def main() -> None:
             options.model = str(save_shape(options.shape, Path(folder) / options.shape.replace("@", "-")))
             words = [*words, "--model", options.model]
         try:
-            requested(options, OWN)
+            check(options)
         except ValueError as error:
             sys.exit(str(error))
         out.mkdir(parents=True, exist_ok=True)
@@ -255,7 +268,10 @@ def main() -> None:
             for case in (*alone, *together):
                 name = case if case in alone else f"longvid, {options.sequence_parallel} processes as {case}"
                 file = out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-                found = run_alone(options, words, case, file) if case in alone else run_together(options, case, file)
+                try:
+                    found = run_alone(words, case, file) if case in alone else run_together(options, case, file)
+                except subprocess.CalledProcessError as error:
+                    sys.exit(f"{name} ended with {error.returncode}; what it said is above")
                 found["video"] = drift(file.with_suffix(".mp4"), options.prompt)
                 records.append({"case": name, "repeat": repeat, **about, **found})
                 for left in (file, file.with_suffix(".metrics.json"), file.with_suffix(".json")):

@@ -40,7 +40,13 @@ def test_each_is_compared_with_diffusers():
     assert len(lines) == 11 and lines[9].count("0.5 |") == 5
 
 
-def test_no_repeats_are_refused(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["bench_peers.py", "--repeats", "0"])
-    with pytest.raises(SystemExit, match="repeats=0 must be at least 1"):
+@pytest.mark.parametrize("words, said", [
+    (["--repeats", "0"], "repeats=0 must be at least 1"),
+    (["--sequence-parallel", "2"], "sequence_parallel=2 must divide the model's 3 heads"),
+    (["--steps", "0"], "num_steps=0 must be"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_runs(monkeypatch, tmp_path, words, said):
+    monkeypatch.setattr("sys.argv", ["bench_peers.py", "--out", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit, match=said):
         PEERS["main"]()
+    assert not (tmp_path / "out").exists()
