@@ -129,8 +129,8 @@ def test_every_attribute_value_occurs(worlds):
 
 
 def test_shares_of_cameras_and_pairs(worlds):
-    assert abs(np.mean([world.camera == "still" for world in worlds]) - 0.7) < 0.05
-    assert abs(np.mean([len(world.things) == 2 for world in worlds]) - 0.3) < 0.05
+    assert abs(np.mean([world.camera == "still" for world in worlds]) - 0.744) < 0.05
+    assert abs(np.mean([len(world.things) == 2 for world in worlds]) - 0.25) < 0.05
     assert all(world.camera == "still" for world in worlds if world.background in ("plain", "gradient"))
 
 
