@@ -15,8 +15,9 @@ from longvid.plan import Plan, make_plan, num_latents_of
 from longvid.schedule import NUM_TRAIN_TIMESTEPS
 from pipelines.methods import make_method
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "longvid" / "assets" / "tiny"
-"""The model in the box."""
+ASSETS = Path(__file__).resolve().parent.parent / "longvid" / "assets"
+EMBEDDED = ASSETS / "tiny"
+"""The model in the box; others beside it go by the names of their folders."""
 
 MODEL_DEFAULTS = {
     "WanTransformer3DModel": {"method": "dualparal", "height": 480, "width": 832, "fps": 16, "num_frames": 81},
@@ -108,7 +109,7 @@ def configure(
 
 
 def resolve_model(model: str | Path | None) -> Path:
-    """A folder for a path, a hub id (fetched), or nothing (the embedded model)."""
+    """A folder for a path, a hub id (fetched), the name of a model in the box, or nothing (the first of these)."""
     if model is None:
         return EMBEDDED
     path = Path(model)
@@ -116,8 +117,11 @@ def resolve_model(model: str | Path | None) -> Path:
         if not (path / "model_index.json").is_file():
             raise ValueError(f"model {model} holds no model_index.json; give a folder that does, or a hub id")
         return path
+    if str(model) in (names := [folder.name for folder in sorted(ASSETS.iterdir()) if folder.is_dir()]):
+        return ASSETS / str(model)
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        raise ValueError(f"model {model} is not a folder here, nor a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        raise ValueError(f"model {model} is not a folder here, nor a model in the box ({', '.join(names)}), nor a hub "
+                         "id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")  # fmt: skip
     from huggingface_hub import snapshot_download
 
     try:

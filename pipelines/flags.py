@@ -42,7 +42,7 @@ def parser() -> Parser:
     _add_bench_flags(
         commands.add_parser("bench", help="measure speed and memory of many cases, or compare two results")
     )
-    _add_train_flags(commands.add_parser("train", help="train the embedded model, part by part"))
+    _add_train_flags(commands.add_parser("train", help="train the embedded model; fine-tune and distil others"))
     _add_data_flags(commands.add_parser("data", help="write the procedural films as a folder of videos"))
     _add_lora_flags(commands.add_parser("lora", help="merge a LoRA into a model folder"))
     _add_evaluate_flags(
@@ -156,16 +156,17 @@ def _add_bench_flags(bench: argparse.ArgumentParser) -> None:
 
 
 def _add_train_flags(train: argparse.ArgumentParser) -> None:
-    train.add_argument("part", choices=["vae", "text", "latents", "dit", "pack"],
-                       help="in this order; latents encodes films once, pack writes the model folder")  # fmt: skip
+    train.add_argument("part", choices=["vae", "text", "latents", "dit", "pack", "distill"],
+                       help="in this order; latents encodes films once, pack writes the model folder, distill makes "
+                       "one of few steps from a model folder")  # fmt: skip
     train.add_argument("--out", metavar="DIR", required=True, help="the training folder, the same for all parts")
     train.add_argument("--steps", type=int, metavar="N", help="training steps (latents: films of each set, at most)")
     train.add_argument("--batch-size", type=int, metavar="N", help="clips of a step, of all processes together")
     train.add_argument("--learning-rate", type=float, metavar="R")
     train.add_argument("--seed", type=int, default=0, metavar="N")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    train.add_argument("--model", metavar="DIR", help="pack: the model folder to write; dit with --data: the folder or "
-                       "hub id to fine-tune (default: the model in the box)")  # fmt: skip
+    train.add_argument("--model", metavar="DIR", help="pack: the model folder to write; dit with --data, distill: the "
+                       "folder or hub id to start from (default: the model in the box)")  # fmt: skip
     train.add_argument("--threads", type=int, metavar="N")
     _add_step_flags(train.add_argument_group("steps"))
     spread = train.add_argument_group("processes (torchrun starts them, too)")
@@ -180,6 +181,15 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
                        "of videos it makes (default: none)")  # fmt: skip
     looks.add_argument("--tensorboard", action="store_true", default=None, help="curves beside log.jsonl")
     _add_objective_flags(train.add_argument_group("dit: levels and loss"))
+    distil = train.add_argument_group("distill")
+    distil.add_argument("--method", metavar="M", help="how the student will be used (default: rolling-fast)")
+    distil.add_argument("--prompts-file", metavar="F", help="what to make videos of, a prompt a line (default, for a "
+                        "model of procedural films: captions of such)")  # fmt: skip
+    distil.add_argument("--teacher-guidance", type=float, metavar="G", help="(default: 3)")
+    distil.add_argument("--student-speed", type=float, metavar="S", help="of the learning rate, which is the critic's "
+                        "(default: 0.2)")  # fmt: skip
+    distil.add_argument("--critic-draws", type=int, metavar="K", help="levels at which the critic sees each video "
+                        "(default: 2)")  # fmt: skip
     videos = train.add_argument_group("dit: fine-tuning on videos")
     videos.add_argument("--data", metavar="DIR", help="a folder of videos with captions.jsonl")
     videos.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank, not the model")

@@ -6,6 +6,7 @@ docstrings, and `tests/pipelines/test_methods.py` holds every preset to its publ
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
 from longvid.method import Kind, LevelRule, Method
 from longvid.schedule import Noise, Solver
@@ -24,6 +25,18 @@ def rolling(
         lag=lag, solver=Solver.UNIPC, level_rule=LevelRule.UNIFORM, flow_shift=flow_shift,
         guidance_scale=guidance_scale, sink=1, history=6, left=6, max_keys=7 + block_size, retire=True,
     )  # fmt: skip
+
+
+def rolling_fast(
+    *, num_steps: int = 4, lag: int = 1, block_size: int = 3, guidance_scale: float = 1.0, flow_shift: float = 5.0
+) -> Method:
+    """`rolling` for models distilled to few steps: no guidance, and new noise at each step.
+
+    Levels and re-noising as in Self-Forcing (arXiv 2506.08009) and Rolling Forcing (arXiv 2509.25161).
+    """
+    method = rolling(num_steps=num_steps, lag=lag, block_size=block_size, guidance_scale=guidance_scale,
+                     flow_shift=flow_shift)  # fmt: skip
+    return replace(method, name="rolling-fast", solver=Solver.RENOISE)
 
 
 def dualparal(
@@ -102,6 +115,7 @@ def self_forcing(
 
 METHODS: dict[str, Callable[..., Method]] = {
     "rolling": rolling,
+    "rolling-fast": rolling_fast,
     "dualparal": dualparal,
     "skyreels-sync": skyreels_sync,
     "skyreels-async": skyreels_async,

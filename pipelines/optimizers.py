@@ -5,7 +5,7 @@ VAE that reached in 125 steps what AdamW alone had not reached in 1,400.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -116,11 +116,15 @@ class Optimizers:
         self.matrices = [p for (_, p), is_wide in zip(named, wide, strict=True) if is_wide]
         rest = [p for (_, p), is_wide in zip(named, wide, strict=True) if not is_wide]
         self.flat = [nn.Parameter(p.data.view(p.shape[0], -1)) for p in self.matrices]
-        decay = config.weight_decay
+        for view, matrix in zip(self.flat, self.matrices, strict=True):
+            set_speed([view], speed_of(matrix))
         self.muon = torch.optim.Muon(
-            self.flat, lr=config.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+            by_speed(self.flat), lr=config.learning_rate, weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )  # fmt: skip
+        self.adamw = torch.optim.AdamW(
+            by_speed(rest), lr=config.adamw_learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
-        self.adamw = torch.optim.AdamW(rest, lr=config.adamw_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.rates = ((self.muon, config.learning_rate), (self.adamw, config.adamw_learning_rate))
 
     def step(self, share: float) -> None:
@@ -128,8 +132,7 @@ class Optimizers:
         for view, matrix in zip(self.flat, self.matrices, strict=True):
             view.grad = matrix.grad.reshape(view.shape)
         for optimizer, rate in self.rates:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * share
+            set_rate(optimizer, rate * share)
             optimizer.step()
 
     def state_dict(self) -> dict:
@@ -166,15 +169,34 @@ class AdamW:
 def new_adamw(model: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
     """torch's AdamW over what is trained, in two groups: with weight decay and without."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.95))
+    groups = [{**group, "weight_decay": config.weight_decay} for group in by_speed([p for p in trained if p.ndim > 1])]
+    groups += [{**group, "weight_decay": 0.0} for group in by_speed([p for p in trained if p.ndim <= 1])]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+
+
+def set_speed(parameters: Iterable[Tensor], speed: float) -> None:
+    """Let parameters learn at `speed` times the learning rate, in whatever optimizer is made for them then."""
+    for parameter in parameters:
+        parameter.speed = speed
+
+
+def speed_of(parameter: Tensor) -> float:
+    """What was set; 1 where nothing was."""
+    return getattr(parameter, "speed", 1.0)
+
+
+def by_speed(parameters: Sequence[Tensor]) -> list[dict]:
+    """Groups of parameters of one speed, as torch's optimizers take them."""
+    groups: dict[float, list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault(speed_of(parameter), []).append(parameter)
+    return [{"params": some, "speed": speed} for speed, some in groups.items()]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Let the next step be taken at this learning rate."""
+    """Let the next step be taken at this learning rate, each group at its speed."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("speed", 1.0)
 
 
 def new_optimizers(model: nn.Module, config: LoopConfig) -> Optimizers | AdamW:

@@ -31,14 +31,21 @@ RECIPE = {
     "vae": {"num_steps": 1900, "batch_size": 8, "learning_rate": 5e-3},
     "text": {"num_steps": 2000, "batch_size": 64, "learning_rate": 4e-3},
     "dit": {"num_steps": 9000, "batch_size": 8, "learning_rate": 2e-3},
-}
+    "distill": {
+        "num_steps": 1000,
+        "batch_size": 4,
+        "learning_rate": 5e-4,
+        "adamw_learning_rate": 5e-4,
+        "ema_decay": 0.99,
+    },
+}  # fmt: skip
 """How the embedded model is trained; its card says how it was."""
 
 TINY_DEFAULTS = {
     "name": "tiny", "method": "rolling", "height": 128, "width": 128, "fps": 16, "num_frames": 961,
-    "prompt": "a red ball bounces on a navy background",
+    "prompt": "a red ball bounces on a navy background", "changes": {"lag": 2},
 }  # fmt: skip
-"""What `longvid.json` of the embedded model says."""
+"""What `longvid.json` of the embedded model says; lag 2 halves the time to the first frames, and looks the same."""
 
 SAMPLE_PROMPTS = ("a red ball bounces on a navy background", "a yellow star spins on black", "a cyan ring drifts right")
 """What is shown of a DiT while it trains."""
@@ -51,7 +58,7 @@ class TrainRequest:
     `loop` are fields of LoopConfig, `dit` of DiTTraining, `options` levels and objective of the DiT, by name. Every
     `validate_every` steps (0: never) the loss on held-out films is taken, every `sample_every` videos are made.
     `data` (the `folder` of videos, and fields of ClipConfig) is what a DiT of `model` is fine-tuned on, with `lora`
-    adapters of that rank.
+    adapters of that rank. `distil` are `method` and `prompts` (a file), and fields of Distillation.
     """
 
     part: str
@@ -66,14 +73,19 @@ class TrainRequest:
     sample_every: int = 0
     data: Mapping[str, str | int | float] = field(default_factory=dict)
     lora: int = 0
+    distil: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def __post_init__(self):
         is_trained = self.part in RECIPE
         misplaced = [] if is_trained else [name for name in self.loop if name != "num_steps"]
         if self.part != "dit":
-            misplaced += [*self.options, *(name for name in self.dit if name not in ("dtype", "device"))]
+            shared = ("dtype", "device", "compile") if self.part == "distill" else ("dtype", "device")
+            misplaced += [*self.options, *(name for name in self.dit if name not in shared)]
             misplaced += [name for name in ("validate_every", "sample_every", "data", "lora") if getattr(self, name)]
-        if self.part not in ("dit", "vae"):
+        if self.part != "distill" and self.distil:
+            name = next(iter(self.distil))
+            raise ValueError(f"{name} is an option of the part distill, not of {self.part}; leave it out")
+        if self.part not in ("dit", "vae", "distill"):
             misplaced += [*self.dit, *(name for name in ("deepspeed", "accumulation") if name in self.loop)]
         if misplaced:
             raise ValueError(f"{misplaced[0]} is an option of the part dit, not of {self.part}; leave it out")

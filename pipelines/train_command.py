@@ -18,6 +18,8 @@ LOOP_FLAGS = {
 DIT_FLAGS = {"dtype": "dtype", "device": "device", "gradient_checkpointing": "checkpointing", "compile": "compile"}
 DATA_FLAGS = {"data": "folder", "height": "height", "width": "width", "fps": "fps", "num_frames": "num_frames",
               "clips_per_video": "clips_per_video", "max_broken": "max_broken"}  # fmt: skip
+DISTIL_FLAGS = {"method": "method", "teacher_guidance": "guidance_scale", "student_speed": "student_speed",
+                "critic_draws": "critic_draws", "prompts_file": "prompts"}  # fmt: skip
 OPTION_FLAGS = ("levels", "loss_weighting", "multitask", "num_intervals", "interval_cost", "immiscible",
                 "balance_first")  # fmt: skip
 
@@ -51,7 +53,7 @@ def request_of(options: argparse.Namespace):
     from pipelines.train import TrainRequest
 
     loop, dit = _given(options, LOOP_FLAGS), _given(options, DIT_FLAGS)
-    if options.part != "dit":
+    if options.part not in ("dit", "distill"):
         dit.pop("compile", None)  # given for all parts alike
     if options.deepspeed:
         loop = {"optimizer": "adamw", **loop}
@@ -64,7 +66,7 @@ def request_of(options: argparse.Namespace):
         model=Path(options.model) if options.model else None, loop=loop, dit=dit,
         options=_given(options, dict(zip(OPTION_FLAGS, OPTION_FLAGS, strict=True))),
         validate_every=options.validate_every, sample_every=options.sample_every, data=_given(options, DATA_FLAGS),
-        lora=0 if options.lora is None else options.lora,
+        lora=0 if options.lora is None else options.lora, distil=_given(options, DISTIL_FLAGS),
     )  # fmt: skip
 
 
@@ -95,6 +97,10 @@ def _check(request, num: int) -> None:
         from pipelines.finetune import configure_finetuning
 
         configure_finetuning(request, num)
+    elif request.part == "distill":
+        from pipelines.make_student import configure_student
+
+        configure_student(request, num)
     else:
         from pipelines.train import check_request
 
@@ -107,6 +113,10 @@ def _print(request, num: int, *engine) -> int:
         from pipelines.finetune import configure_finetuning, finetune
 
         records = finetune(configure_finetuning(request, num), *engine, is_first=is_first)
+    elif request.part == "distill":
+        from pipelines.make_student import configure_student, make_student
+
+        records = make_student(configure_student(request, num), *engine, is_first=is_first)
     else:
         from pipelines.train import train
 

@@ -168,10 +168,11 @@ def save_folder(path: Path | str, *, dit: DiT, vae: VAE, text: TextEncoder, sche
     os.replace(aside, path)
 
 
-def copy_folder(folder: Folder, path: Path | str, dit: DiT) -> None:
+def copy_folder(folder: Folder, path: Path | str, dit: DiT, *, longvid: dict | None = None) -> None:
     """Write the folder anew with another DiT of the same shape, in the dtypes that it has in its files.
 
-    The rest is copied. The folder is written aside and renamed. Raises FileExistsError if `path` exists.
+    The rest is copied, `longvid.json` replaced if it is given. The folder is written aside and renamed. Raises
+    FileExistsError if `path` exists.
     """
     path = Path(path)
     if path.exists():
@@ -184,6 +185,8 @@ def copy_folder(folder: Folder, path: Path | str, dit: DiT) -> None:
     save_tensors(aside / "transformer", stem, tensors)
     for file in (folder.path / "vae").glob(f"{stem}*.safetensors*"):
         shutil.copy(file, aside / "vae" / file.name)
+    if longvid is not None:
+        _write_json(aside / "longvid.json", longvid)
     os.replace(aside, path)
 
 

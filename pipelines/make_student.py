@@ -1,0 +1,92 @@
+"""Distil a model folder into one of few steps: `longvid train distill --model TEACHER --out DIR`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from longvid.captions import caption
+from longvid.checkpoints.diffusers_folder import Folder, copy_folder, load_dit, open_folder
+from longvid.checkpoints.safetensor_files import fingerprint
+from longvid.models.text import TextEncoder
+from longvid.models.vae import VAEConfig
+from longvid.plan import num_latents_of
+from longvid.worlds import sample_world
+from pipelines.configure import model_defaults, resolve_model
+from pipelines.distill import Distillation, distill
+from pipelines.film_latents import BLOCK, CLIP, SINK
+from pipelines.methods import make_method
+from pipelines.optimise import Engine, alone
+from pipelines.optimizers import check_parts
+from pipelines.several import read_prompts
+from pipelines.train import TrainRequest, check_new
+
+GAPS = 4
+"""Lengths of rollouts for a teacher that was trained on clips with a gap after the first latent: as many, a block
+apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A request, complete and checked: the teacher's folder, what is asked of it, and the training."""
+
+    request: TrainRequest
+    opened: Folder
+    prompts: tuple[str, ...]
+    training: Distillation
+
+
+def configure_student(request: TrainRequest, num_processes: int) -> Student:
+    """Raises ValueError for a request that cannot be met; nothing is written."""
+    opened = open_folder(resolve_model(request.model))
+    defaults, given = model_defaults(opened), dict(request.distil)
+    loop, file = request.loop_config(), given.pop("prompts", None)
+    if loop.deepspeed:
+        raise ValueError("deepspeed steps all weights at once, and student and critic take turns; leave --deepspeed "
+                         "out")  # fmt: skip
+    check_parts(loop.batch_size, num_processes, loop.accumulation)
+    if not file and not opened.longvid:
+        raise ValueError("this model knows more than procedural films, so it must be told what to make; add "
+                         "--prompts-file F, a prompt a line")  # fmt: skip
+    method = make_method(given.pop("method", "rolling-fast"))
+    factor = VAEConfig.from_dict(opened.vae).spatial_factor
+    clip = SINK + CLIP if opened.longvid else num_latents_of(defaults["num_frames"])
+    training = Distillation(
+        loop=loop, method=method, clip=clip, fps=defaults["fps"],
+        latent_size=(opened.transformer["in_channels"], defaults["height"] // factor, defaults["width"] // factor),
+        lengths=tuple(clip + BLOCK * i for i in range(GAPS if opened.longvid else 1)), **request.dit, **given,
+    )  # fmt: skip
+    check_new(loop.out, request.resume)
+    if result_of(request).exists():
+        raise ValueError(f"{result_of(request)} is there already; give another --out, or move it away")
+    return Student(request=request, opened=opened, training=training, prompts=tuple(read_prompts(Path(file)))
+                   if file else ())  # fmt: skip
+
+
+def result_of(request: TrainRequest) -> Path:
+    """The folder of the student."""
+    return request.out / "model"
+
+
+def make_student(job: Student, engine: Engine = alone, *, is_first: bool = True) -> Iterator[dict]:
+    """Distil and write the student's folder; yields records."""
+    config, opened = job.training, job.opened
+    dit = load_dit(opened, torch.float32, config.device).train()
+    encoder = TextEncoder.load(opened.path, torch.float32, config.device)
+    prompts = _captions if not job.prompts else lambda rng, count: list(rng.choice(job.prompts, count))
+    options = {"model": fingerprint(opened.path), "method": config.method.name}
+    for record in distill(config, dit, encoder, prompts, resume=job.request.resume, engine=engine,
+                          options=options):  # fmt: skip
+        if "distill" not in record:
+            yield record
+        elif is_first:
+            defaults = {key: value for key, value in model_defaults(opened).items() if key != "changes"}
+            defaults |= {"method": config.method.name, "name": f"{defaults.get('name', opened.path.name)}-fast"}
+            copy_folder(opened, result_of(job.request), record["distill"], longvid=defaults)
+            yield {"written": str(result_of(job.request))}
+
+
+def _captions(rng: np.random.Generator, count: int) -> list[str]:
+    return [caption(sample_world(rng), rng) for _ in range(count)]
