@@ -39,7 +39,7 @@ def check_spread(part: str, config, num_processes: int) -> None:
                          "be in one process and one part; leave it or --nproc out")  # fmt: skip
     if loop.deepspeed:
         zero_config(loop, num_processes, dtype=config.dtype)
-        if part == "dit" and config.compile:
+        if part != "vae" and config.compile:
             raise ValueError("compile is for training without deepspeed; leave --compile or --deepspeed out")
 
 

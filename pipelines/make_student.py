@@ -16,10 +16,10 @@ from longvid.plan import num_latents_of
 from longvid.worlds import sample_world
 from pipelines.configure import model_defaults, resolve_model
 from pipelines.distill import Distillation, distill
+from pipelines.engine_many import check_spread
 from pipelines.film_latents import BLOCK, CLIP, SINK
 from pipelines.methods import make_method
 from pipelines.optimise import Engine, alone
-from pipelines.optimizers import check_parts
 from pipelines.several import read_prompts
 from pipelines.train import TrainRequest, check_new
 
@@ -43,10 +43,6 @@ def configure_student(request: TrainRequest, num_processes: int) -> Student:
     opened = open_folder(resolve_model(request.model))
     defaults, given = model_defaults(opened), dict(request.distil)
     loop, file = request.loop_config(), given.pop("prompts", None)
-    if loop.deepspeed:
-        raise ValueError("deepspeed steps all weights at once, and student and critic take turns; leave --deepspeed "
-                         "out")  # fmt: skip
-    check_parts(loop.batch_size, num_processes, loop.accumulation)
     if not file and not opened.longvid:
         raise ValueError("this model knows more than procedural films, so it must be told what to make; add "
                          "--prompts-file F, a prompt a line")  # fmt: skip
@@ -58,6 +54,7 @@ def configure_student(request: TrainRequest, num_processes: int) -> Student:
         latent_size=(opened.transformer["in_channels"], defaults["height"] // factor, defaults["width"] // factor),
         lengths=tuple(clip + BLOCK * i for i in range(GAPS if opened.longvid else 1)), **request.dit, **given,
     )  # fmt: skip
+    check_spread("distill", training, num_processes)
     check_new(loop.out, request.resume)
     if result_of(request).exists():
         raise ValueError(f"{result_of(request)} is there already; give another --out, or move it away")

@@ -15,8 +15,10 @@ from accelerate.state import AcceleratorState
 
 from longvid.models.dit import DiT
 from parallel.launch import join
+from pipelines.distill import Distillation, distill
 from pipelines.engine_many import many
 from pipelines.film_latents import FILM_SETS, FilmLatents, film_at
+from pipelines.methods import make_method
 from pipelines.optimise import Check, LoopConfig, alone
 from pipelines.optimizers import Part
 from pipelines.train_dit import TINY_DIT, DiTTraining, train_dit
@@ -66,6 +68,19 @@ def train(out: Path, engine=alone, *, resume=False, stop=None, checkpointing=Fal
     return found
 
 
+def distil(out: Path, engine=alone, **changes) -> dict:
+    """Losses by step of a student, and the size of each of its weights."""
+    values = {"num_steps": 4, "batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 2, "log_every": 1,
+              "optimizer": "adamw", "ema_decay": 0.5}  # fmt: skip
+    config = Distillation(loop=LoopConfig(out=out, **{**values, **changes}), method=make_method("rolling-fast"),
+                          latent_size=(8, 4, 4), dtype="float32")  # fmt: skip
+    torch.manual_seed(0)
+    prompts = lambda rng, count: [f"a {word} ball" for word in rng.choice(["red", "blue"], count)]  # noqa: E731
+    *records, last = distill(config, DiT(SMALL), texts, prompts, engine=engine)
+    weights = {name: p.double().norm().item() for name, p in last["distill"].state_dict().items()}
+    return {"losses": [record["loss"] for record in records], "weights": weights}
+
+
 def looked(dit: DiT, step: int, part: Part) -> dict:
     """Size of the velocity of some noise."""
     latents = part.of(torch.randn(4, 8, 1, 4, 4, generator=torch.Generator().manual_seed(step)))
@@ -86,6 +101,7 @@ CASES = {
     "zero2": {"deepspeed": "zero2", "accumulation": 2},
     "zero3": {"deepspeed": "zero3", "checkpointing": True},
 }
+STUDENTS = {"student": {}, "student-zero3": {"deepspeed": "zero3", "accumulation": 2}}
 
 
 def main(out: Path) -> None:
@@ -100,6 +116,9 @@ def main(out: Path) -> None:
             train(out / f"{name}-cut", engine, stop=CUT + 3, **changes)
             forget()
             found[f"{name}-cut"] = train(out / f"{name}-cut", engine, resume=True, **changes)
+            forget()
+        for name, changes in STUDENTS.items():
+            found[name] = distil(out / name, engine, **changes)
             forget()
         found["world_size"] = torch.distributed.get_world_size()
         if not torch.distributed.get_rank():

@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.optimizers import LoopConfig, Part, check_parts, share_at
 from pipelines.zero import zero_config
-from tests.pipelines.take_part import CASES, CUT, NUM_STEPS, train
+from tests.pipelines.take_part import CASES, CUT, NUM_STEPS, STUDENTS, distil, train
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'longvid[train]'")
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,13 @@ def test_two_processes_have_the_losses_of_one(found, alone, case):
     assert len(two["losses"]) == NUM_STEPS and len(set(one["losses"])) == NUM_STEPS
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
     assert two["checked"] == pytest.approx(one["checked"], abs=1e-4) and len(two["checked"]) == 4
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", STUDENTS)
+def test_two_processes_distil_the_student_of_one(found, tmp_path, case):
+    one, two = distil(tmp_path), found[case]
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4) and len(set(one["losses"])) == 4
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-4)
 
 
