@@ -80,6 +80,11 @@ class Costs:
         return self.latency + num_bytes / self.bandwidth
 
 
+def mean_costs(costs: Sequence[Costs]) -> Costs:
+    """The mean of what several processes have measured."""
+    return Costs(**{name: sum(getattr(c, name) for c in costs) / len(costs) for name in Costs.__dataclass_fields__})
+
+
 def feeding_order(plan: Plan) -> list[int]:
     """For each pass the index of the pass after which its latents may be taken, -1 for the start.
 

@@ -88,11 +88,11 @@ def _start(options, how, task, described: dict, num_frames: int, grids: list) ->
     """Do it here, or start processes that do; say how to go on if it is cut."""
     from parallel.launch import launch
     from pipelines import cli
-    from pipelines.spread import layout_of, may_be_forked
+    from pipelines.spread import layout_here, may_be_forked
 
     with _way_on(task.keeping.folder):
         if how.world_size == 1:
-            layout = layout_of(grids, task.run, task.judged_plan(whole=True)) if task.outputs.trace else None
+            layout = layout_here(grids, task.run, task.judged_plan(whole=True)) if task.outputs.trace else None
             return carry_out(options, task, described, num_frames, layout=layout)
         words = options.words if options.goes_on else whole_command(options, task)
         return launch(cli.main, cli.__name__, words, how, fork=may_be_forked(task.request))

@@ -13,7 +13,7 @@ from longvid.checkpoints.diffusers_folder import num_elements, open_folder
 from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.plan import Plan, make_plan
 from longvid.types import Text
-from parallel.cost import memory
+from parallel.cost import Costs, mean_costs, memory
 from parallel.execute import Stage, attempted, from_all, from_rank, make_stage
 from parallel.grid import Degrees, Grid, Limits, possible_grids
 from parallel.launch import Launch, join
@@ -115,10 +115,14 @@ def grids_of(world_size: int, run: Run, asked: Degrees) -> list[Grid]:
     return possible_grids(world_size, limits_of(run), asked, may_cut_rows=run.device.startswith("cuda"))
 
 
-def layout_of(grids: list[Grid], run: Run, plan: Plan, link: tuple[float, float] = (0.0, float("inf"))) -> Layout:
-    """The fastest of these grids by costs measured now, on this process's device; `link` is latency and bandwidth."""
-    costs = measured_costs(run, plan, latency=link[0], bandwidth=link[1], repeats=1)
-    return fastest(plan, grids, costs, shape_of(run))
+def costs_now(run: Run, plan: Plan, link: tuple[float, float] = (0.0, float("inf"))) -> Costs:
+    """Costs measured on this process's device, in a moment; `link` is latency and bandwidth."""
+    return measured_costs(run, plan, latency=link[0], bandwidth=link[1], repeats=1)
+
+
+def layout_here(grids: list[Grid], run: Run, plan: Plan) -> Layout:
+    """The fastest of these grids if all processes are as fast as this one, and links take no time."""
+    return fastest(plan, grids, costs_now(run, plan), shape_of(run))
 
 
 def layout_record(layout: Layout | None, run: Run) -> dict:
@@ -179,18 +183,21 @@ def keeping_of(
 def taken_part(task: Task, *, whole: bool, lost: Callable[[str], None]) -> Iterator[tuple[Task, Stage, Layout]]:
     """This process as one of several: the task as rank 0 has it, on this process's device, its place, and the layout.
 
-    The last process measures for all: rank 0, the head, is the first to be ready otherwise.
+    All processes measure at once, as they will work at once: cores that share a memory are slower together.
     """
     with join(task.run.device, lost) as device:
         check_alike(task.run)
         task = from_rank(0, lambda: task).on(device)
-        grids, last = grids_of(dist.get_world_size(), task.run, task.asked), dist.get_world_size() - 1
+        num, plan = dist.get_world_size(), task.judged_plan(whole=whole)
+        grids = grids_of(num, task.run, task.asked)
         if device.startswith("cuda"):
             available = min(from_all(torch.cuda.get_device_properties(device).total_memory))
             grids = grids_that_fit(grids, task.run, task.request.plan(), available)
-        link = measured_link(last, torch.device(device))
-        encoded = attempted(task.encode) if dist.get_rank() == 0 else list  # while the last process measures
-        layout = from_rank(last, lambda: layout_of(grids, task.run, task.judged_plan(whole=whole), link))
+        link = measured_link(num - 1, torch.device(device))
+        measured = attempted(lambda: costs_now(task.run, plan, link))
+        costs = mean_costs([from_rank(rank, measured) for rank in range(num)])
+        encoded = attempted(task.encode) if dist.get_rank() == 0 else list  # while the last process plans
+        layout = from_rank(num - 1, lambda: fastest(plan, grids, costs, shape_of(task.run)))
         task = replace(task, texts=tuple(from_rank(0, encoded)))
         num_rows = limits_of(task.run).num_rows
         yield task, make_stage(layout.grid, layout.layers, num_rows, torch.device(device)), layout
