@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -92,11 +93,12 @@ class VideoWriter:
     H.264, crf 18, a key frame each second, BT.709, in fragments of `FRAGMENT_SECONDS`; 4:2:0, or 4:4:4 where height or
     width is odd, so no pixel is cut or added. ffmpeg starts with the first frame (so a run without frames leaves
     nothing, and overwrites nothing) in a session of its own: Ctrl-C in the terminal does not end it before `close`,
-    and if this process dies it completes the file by itself.
+    and if this process dies it completes the file by itself. Frames are handed to it by a thread, while the next ones
+    are made; the first ones are there when `write` returns.
 
     Raises ValueError (nothing started) for a path `check_output` refuses and for sizes or rates that are not positive.
-    `write` and `close` raise OSError with ffmpeg's message when it fails, such as on a full disk; what reached the disk
-    before stays and plays.
+    `write` and `close` raise OSError with ffmpeg's message when it fails, such as on a full disk, of these frames or of
+    those before; what reached the disk before stays and plays.
     """
 
     def __init__(self, path: str | os.PathLike, *, height: int, width: int, fps: float, overwrite: bool = False):
@@ -110,24 +112,41 @@ class VideoWriter:
         self._command = _encode_command(self.path, height, width, fps)
         self._process: subprocess.Popen | None = None
         self._closed = False
+        self._thread = ThreadPoolExecutor(1)
+        self._under_way: Future | None = None
+        self._handed = 0
 
     def write(self, frames: np.ndarray) -> None:
-        """Append uint8 `(n, height, width, 3)`; `num_frames` counts what was handed to the encoder."""
+        """Append uint8 `(n, height, width, 3)`, which must not change afterwards; `num_frames` counts them."""
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != self._frame_shape:
             raise ValueError(
                 f"frames of {frames.dtype} {frames.shape} must be uint8 (n, {', '.join(map(str, self._frame_shape))})"
             )
         if self._closed:
             raise ValueError(f"{self.path} is closed after {self.num_frames} frames; open another writer")
-        if self._process is None and len(frames):
+        is_first = self._process is None
+        if is_first and len(frames):
             with open(self.path, "wb" if self._overwrite else "xb"):  # nobody else has made it in the meantime
                 pipe = subprocess.PIPE
                 self._process = subprocess.Popen(self._command, stdin=pipe, stderr=pipe, start_new_session=True)
+        self._wait()
+        self.num_frames += len(frames)
+        self._under_way = self._thread.submit(self._hand_over, frames)
+        if is_first:
+            self._wait()
+
+    def _hand_over(self, frames: np.ndarray) -> None:
+        for frame in frames:
+            self._process.stdin.write(np.ascontiguousarray(frame))
+            self._process.stdin.flush()
+            self._handed += 1
+
+    def _wait(self) -> None:
+        """Until the encoder has the frames before."""
+        under_way, self._under_way = self._under_way, None
         try:
-            for frame in frames:
-                self._process.stdin.write(np.ascontiguousarray(frame))
-                self._process.stdin.flush()
-                self.num_frames += 1
+            if under_way is not None:
+                under_way.result()
         except BrokenPipeError:
             self.close()
             raise
@@ -135,9 +154,10 @@ class VideoWriter:
     def close(self) -> None:
         """Complete the file. A second call does nothing."""
         self._closed = True
-        process, self._process = self._process, None
-        if process is None:
+        if self._process is None:
             return
+        self._thread.shutdown()
+        process, self._process, self.num_frames = self._process, None, self._handed
         _, messages = process.communicate()
         if process.returncode:
             _cut_torn_fragment(self.path)

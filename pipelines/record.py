@@ -206,7 +206,7 @@ class SheetCollector:
 def record(
     run: Run, frames: Iterable[np.ndarray], meter: Meter, outputs: Outputs, *, num_frames: int, notes: dict
 ) -> Iterator[int]:
-    """Write frames to the outputs as they come, yielding how many are in the file.
+    """Write frames to the outputs as they come, yielding how many are in the file, the last ones still on their way.
 
     The sidecar is there as soon as the video is, with `notes`, and says "unfinished" until the end is known. However
     that comes, the video is closed so that it plays, and the sidecar says how far it came.
