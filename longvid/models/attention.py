@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 
@@ -57,8 +56,9 @@ class Exchange:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of every token's angles, each (tokens, 1, d / 2), float32."""
+    """Every token's angles, each (tokens, 1, d / 2): as complex numbers, and views of their parts, float32."""
 
+    turn: Tensor
     cos: Tensor
     sin: Tensor
 
@@ -79,7 +79,8 @@ def rotation(num_latents: int, height: int, width: int, head_dim: int, device: t
         shape[axis] = count
         angles.append(angle.view(shape).expand(num_latents, height, width, -1))
     angle = torch.cat(angles, -1).flatten(0, 2)[:, None]
-    return Rotation(angle.cos().float(), angle.sin().float())
+    parts = torch.stack([angle.cos().float(), angle.sin().float()], -1)
+    return Rotation(torch.view_as_complex(parts), *parts.unbind(-1))
 
 
 def rotate(x: Tensor, turn: Rotation, start: int = 0) -> Tensor:
@@ -93,8 +94,7 @@ def rotate(x: Tensor, turn: Rotation, start: int = 0) -> Tensor:
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = pairs * torch.complex(turn.cos[start:stop], turn.sin[start:stop])
-    return torch.view_as_real(turned).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs * turn.turn[start:stop]).flatten(-2).type_as(x)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -102,11 +102,11 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = No
 
     Trained on a CPU it is written out: the gradient of the fused kernel is slow there.
     """
-    heads_first = [rearrange(x, "b l n d -> b n l d") for x in (query, keys, values)]
+    heads_first = [x.transpose(1, 2) for x in (query, keys, values)]
     if query.requires_grad and query.device.type == "cpu":
         q, k, v = heads_first
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        return rearrange(scores.softmax(-1).to(v.dtype) @ v, "b n l d -> b l n d")
-    return rearrange(F.scaled_dot_product_attention(*heads_first, attn_mask=mask), "b n l d -> b l n d")
+        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)

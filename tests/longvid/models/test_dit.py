@@ -6,7 +6,7 @@ import torch
 
 from longvid.models.attention import KV, attend, rotate, rotation
 from longvid.models.cache import Context
-from longvid.models.dit import SKYREELS, WAN, DiT, DiTConfig, TanhGELU
+from longvid.models.dit import SKYREELS, WAN, DiT, DiTConfig, RMSNorm, TanhGELU
 
 TOLERANCE = 2e-5
 SHAPE = dict(
@@ -132,6 +132,15 @@ def test_attention_in_training_is_that_of_inference():
             sums.append(out.double().square().sum())
         slope = sum((grad * way).sum() for grad, way in zip(grads, ways, strict=True))
         assert abs((sums[0] - sums[1]) / (2 * step) - slope) < 2e-2 * abs(slope)
+
+
+def test_the_norm_of_inference_is_that_of_training():
+    norm, x = RMSNorm(24, eps=1e-6), 3 * torch.randn(2, 5, 24)
+    torch.nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        found = norm(x)
+    torch.testing.assert_close(found, norm(x).detach(), atol=1e-6, rtol=1e-6)
+    assert (norm(torch.zeros(1, 24)) == 0).all()
 
 
 def test_gelu_in_training_is_the_one_of_inference():
