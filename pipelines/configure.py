@@ -16,8 +16,9 @@ from longvid.schedule import NUM_TRAIN_TIMESTEPS
 from pipelines.methods import make_method
 
 ASSETS = Path(__file__).resolve().parent.parent / "longvid" / "assets"
-EMBEDDED = ASSETS / "tiny"
-"""The model in the box; others beside it go by the names of their folders."""
+EMBEDDED, BASE = ASSETS / "tiny-fast", ASSETS / "tiny"
+"""The models in the box: the one that is taken where none is named, of few steps, and the one that it is distilled
+from. They go by the names of their folders."""
 
 MODEL_DEFAULTS = {
     "WanTransformer3DModel": {"method": "dualparal", "height": 480, "width": 832, "fps": 16, "num_frames": 81},
@@ -109,7 +110,7 @@ def configure(
 
 
 def resolve_model(model: str | Path | None) -> Path:
-    """A folder for a path, a hub id (fetched), the name of a model in the box, or nothing (the first of these)."""
+    """A folder for a path, a hub id (fetched), the name of a model in the box, or nothing."""
     if model is None:
         return EMBEDDED
     path = Path(model)

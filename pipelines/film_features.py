@@ -9,7 +9,7 @@ from longvid.checkpoints.diffusers_folder import load_vae, open_folder
 from longvid.media import cover
 from longvid.quality import frechet_distance
 from longvid.worlds import World, draw
-from pipelines.configure import EMBEDDED
+from pipelines.configure import BASE
 from pipelines.generate import encode_frames
 
 CLIP_FRAMES, CLIPS, CLIP_SIDE, CLIP_FPS = 17, 8, 128, 16
@@ -48,6 +48,6 @@ def frechet(clips: np.ndarray, worlds: Sequence[World]) -> dict | None:
 
 def features(clips: np.ndarray) -> np.ndarray:
     """Mean and deviation of each latent channel of each clip: (n, 2 c)."""
-    vae = load_vae(open_folder(EMBEDDED), torch.float32, "cpu").eval()
+    vae = load_vae(open_folder(BASE), torch.float32, "cpu").eval()
     latents = [encode_frames(vae, clip)[0] for clip in clips]
     return np.stack([torch.cat([z.mean((1, 2, 3)), z.std((1, 2, 3))]).numpy() for z in latents])

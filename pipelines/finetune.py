@@ -15,7 +15,7 @@ from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE, VAEConfig
 from longvid.video_folder import CaptionedVideo, read_captions
 from pipelines.checks import samples, validation
-from pipelines.configure import check_size, model_defaults, resolve_model
+from pipelines.configure import BASE, check_size, model_defaults, resolve_model
 from pipelines.engine_many import check_spread
 from pipelines.film_latents import LONG
 from pipelines.methods import make_method
@@ -50,7 +50,7 @@ class Finetuning:
 
 def configure_finetuning(request: TrainRequest, num_processes: int) -> Finetuning:
     """Raises ValueError for a request that cannot be met; nothing is written."""
-    opened = open_folder(resolve_model(request.model))
+    opened = open_folder(resolve_model(request.model or BASE))
     defaults, given = model_defaults(opened), dict(request.data)
     videos = tuple(read_captions(Path(given.pop("folder"))))
     size = {name: given.pop(name, defaults[name]) for name in ("height", "width", "fps")}

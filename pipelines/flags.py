@@ -53,7 +53,11 @@ def parser() -> Parser:
 
 def _add_video_flags(command: argparse.ArgumentParser) -> None:
     model = command.add_argument_group("what")
-    model.add_argument("--model", metavar="M", help="a model folder or a hub id (default: the model in the box)")
+    model.add_argument(
+        "--model",
+        metavar="M",
+        help="a model folder, a hub id, or a model in the box: tiny-fast, tiny (default: tiny-fast)",
+    )
     model.add_argument("--prompt", metavar="TEXT", help="what to show")
     model.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     length = command.add_argument_group("length and size")
@@ -141,7 +145,7 @@ def _add_bench_flags(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--update", action="store_true", help="guard: make the counts of now the baseline")
     bench.add_argument("--baseline", metavar="F", help="guard: the baseline (default: bench/guard.json of the tree)")
     sweep = bench.add_argument_group("the sweep: every combination of these, each separated by commas")
-    sweep.add_argument("--model", metavar="M,...", help="model folders (default: the model in the box)")
+    sweep.add_argument("--model", metavar="M,...", help="model folders (default: tiny-fast)")
     sweep.add_argument("--shape", metavar="NAME,...", help="random weights in place of models, or besides: wan-1.3b, "
                        "wan-14b, small or micro, with a size if another is wanted: wan-1.3b@480x832")  # fmt: skip
     sweep.add_argument("--method", metavar="NAME,...", help="methods (default: the model's)")
@@ -166,7 +170,7 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
     train.add_argument("--seed", type=int, default=0, metavar="N")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     train.add_argument("--model", metavar="DIR", help="pack: the model folder to write; dit with --data, distill: the "
-                       "folder or hub id to start from (default: the model in the box)")  # fmt: skip
+                       "folder or hub id to start from (default: tiny)")  # fmt: skip
     train.add_argument("--threads", type=int, metavar="N")
     _add_step_flags(train.add_argument_group("steps"))
     spread = train.add_argument_group("processes (torchrun starts them, too)")
@@ -216,7 +220,7 @@ def _add_data_flags(data: argparse.ArgumentParser) -> None:
 
 def _add_lora_flags(lora: argparse.ArgumentParser) -> None:
     lora.add_argument("what", choices=["merge"], help="merge: write a model folder with the LoRA in its weights")
-    lora.add_argument("--model", metavar="M", help="a model folder or a hub id (default: the model in the box)")
+    lora.add_argument("--model", metavar="M", help="a model folder or a hub id (default: tiny)")
     lora.add_argument("--lora", metavar="F", required=True, help="the LoRA, as longvid, diffusers and peft write it")
     lora.add_argument("--scale", type=float, default=1.0, metavar="S", help="how much of it (default: 1)")
     lora.add_argument("--out", metavar="DIR", required=True, help="the model folder to write")

@@ -14,7 +14,7 @@ from longvid.models.text import TextEncoder
 from longvid.models.vae import VAEConfig
 from longvid.plan import num_latents_of
 from longvid.worlds import sample_world
-from pipelines.configure import model_defaults, resolve_model
+from pipelines.configure import BASE, model_defaults, resolve_model
 from pipelines.distill import Distillation, distill
 from pipelines.engine_many import check_spread
 from pipelines.film_latents import BLOCK, CLIP, SINK
@@ -40,7 +40,7 @@ class Student:
 
 def configure_student(request: TrainRequest, num_processes: int) -> Student:
     """Raises ValueError for a request that cannot be met; nothing is written."""
-    opened = open_folder(resolve_model(request.model))
+    opened = open_folder(resolve_model(request.model or BASE))
     defaults, given = model_defaults(opened), dict(request.distil)
     loop, file = request.loop_config(), given.pop("prompts", None)
     if not file and not opened.longvid:

@@ -149,9 +149,9 @@ def merge(options: argparse.Namespace) -> int:
 
     from longvid.checkpoints.diffusers_folder import copy_folder, load_dit, open_folder
     from longvid.models.lora import merge_lora
-    from pipelines.configure import resolve_model
+    from pipelines.configure import BASE, resolve_model
 
-    opened, out = open_folder(resolve_model(options.model)), Path(options.out)
+    opened, out = open_folder(resolve_model(options.model or BASE)), Path(options.out)
     if out.exists():
         raise ValueError(f"{out} is there already; give another --out")
     dit = load_dit(opened, torch.float32)

@@ -33,7 +33,7 @@ DIFFUSERS, WINDOWS, OWN = "diffusers", "longvid, windows", "longvid"
 def arguments() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", metavar="DIR", help="a folder in diffusers' format (default: the model in the box)")
+    parser.add_argument("--model", default="tiny", metavar="DIR", help="a folder in diffusers' format (default: tiny)")
     parser.add_argument("--shape", metavar="NAME", help="random weights of a named shape in place of a model")
     parser.add_argument("--also", metavar="DIR", help="a further folder through longvid alone, with its own defaults")
     parser.add_argument("--prompt", default="a red ball bounces on a navy background")

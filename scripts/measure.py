@@ -27,13 +27,14 @@ def command(folder: Path, seconds: float, name: str, *more: str) -> dict:
 
 
 def minute(folder: Path) -> None:
-    """A minute of video with the default method, everything included."""
-    found = command(folder, 60, "minute")
-    print(
-        f"60 s of video: {found['process_s']:.1f} s for the whole command, {found['wall_s']:.1f} s of work, "
-        f"first frames in the file after {found['first_frame_s']:.2f} s of work, {found['fps']:.1f} frames/s"
-    )
-    print(f"latent_sha256 {found['latent_sha256']}")
+    """A minute of video of each model in the box, by its default method, everything included."""
+    for model in ("tiny", "tiny-fast"):
+        found = command(folder, 60, f"minute-{model}", "--model", model)
+        print(
+            f"{model}, 60 s of video: {found['process_s']:.1f} s for the whole command, {found['wall_s']:.1f} s of "
+            f"work, first frames in the file after {found['first_frame_s']:.2f} s of work, {found['fps']:.1f} frames/s,"
+            f" latent_sha256 {found['latent_sha256'][:16]}"
+        )
 
 
 def memory(folder: Path) -> None:
@@ -79,10 +80,10 @@ def vae(folder: Path) -> None:
     from diffusers import AutoencoderKLWan
 
     from longvid.checkpoints.diffusers_folder import load_vae, open_folder
-    from pipelines.configure import EMBEDDED
+    from pipelines.configure import BASE
 
-    ours = load_vae(open_folder(EMBEDDED), torch.float32).eval()
-    theirs = AutoencoderKLWan.from_pretrained(EMBEDDED / "vae", torch_dtype=torch.float32).eval()
+    ours = load_vae(open_folder(BASE), torch.float32).eval()
+    theirs = AutoencoderKLWan.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
     z = torch.randn(1, ours.config.z_dim, 13, 16, 16, generator=torch.Generator().manual_seed(0))
     shape = [1, -1, 1, 1, 1]
     raw = z * torch.tensor(ours.config.latents_std).view(shape) + torch.tensor(ours.config.latents_mean).view(shape)
@@ -99,10 +100,10 @@ def dit(folder: Path) -> None:
     from diffusers import SkyReelsV2Transformer3DModel
 
     from longvid.checkpoints.diffusers_folder import load_dit, open_folder
-    from pipelines.configure import EMBEDDED
+    from pipelines.configure import BASE
 
-    ours = load_dit(open_folder(EMBEDDED), torch.float32).eval()
-    theirs = SkyReelsV2Transformer3DModel.from_pretrained(EMBEDDED / "transformer", torch_dtype=torch.float32).eval()
+    ours = load_dit(open_folder(BASE), torch.float32).eval()
+    theirs = SkyReelsV2Transformer3DModel.from_pretrained(BASE / "transformer", torch_dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, ours.config.in_channels, 13, 16, 16, generator=generator)
     text = torch.randn(1, 160, ours.config.text_dim, generator=generator)
@@ -128,10 +129,10 @@ def oracle(folder: Path) -> None:
     from longvid.checkpoints.diffusers_folder import load_vae, open_folder
     from longvid.oracle import read_film
     from longvid.worlds import draw, sample_world
-    from pipelines.configure import EMBEDDED
+    from pipelines.configure import BASE
     from pipelines.generate import decode, encode_frames
 
-    network = load_vae(open_folder(EMBEDDED), torch.float32).eval()
+    network = load_vae(open_folder(BASE), torch.float32).eval()
     true, decoded, errors = [], [], []
     for index in range(NUM_FILMS):
         rng = np.random.default_rng((77, index))

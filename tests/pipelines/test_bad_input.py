@@ -14,7 +14,6 @@ from safetensors.torch import load, save_file
 
 from longvid.contact_sheet import write_png
 from longvid.media import VideoWriter
-from pipelines.configure import EMBEDDED
 from tests.pipelines.conftest import TOKENS, film, save_film
 
 QUICK = ("--num-inference-steps", 2)
@@ -122,8 +121,7 @@ def test_models_that_are_not_there(refused, tmp_path, here):
     refused("generate", model="", says=["not a folder", "hub id such as"])
     refused("generate", model="file", says=["file", "model_index.json"])
     refused("generate", model="folder", says=["folder", "model_index.json"])
-    if not EMBEDDED.exists():
-        refused("generate", model=None, says=["tiny"])
+    refused("generate", model="tiny-slow", says=["a model in the box (tiny, tiny-fast)"])
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"])
