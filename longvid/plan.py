@@ -53,8 +53,14 @@ class Plan:
         return 4 * (self.num_latents - self.num_videos) + self.num_videos
 
 
+LONGEST = 400_001
+"""Frames of the longest video that is planned, 7 hours at 16 a second: a plan is held in memory."""
+
+
 def num_latents_of(num_frames: int) -> int:
-    """Latents of `num_frames` pixel frames. Raises ValueError unless it is 4n + 1."""
+    """Latents of `num_frames` pixel frames. Raises ValueError unless it is 4n + 1, and at most `LONGEST`."""
+    if num_frames > LONGEST:
+        raise ValueError(f"num_frames={num_frames} must be at most {LONGEST}; make a video of that length, extend it")
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames} must be at least 1; try 81")
     if (num_frames - 1) % 4:

@@ -181,7 +181,9 @@ def frames_of_seconds(seconds: float, fps: int) -> int:
     """The fewest frames of the form 4n + 1 that last `seconds`, the first frame being at time 0."""
     if not math.isfinite(seconds) or seconds <= 0:
         raise ValueError(f"seconds={seconds} must be a positive number; try 10")
-    return 4 * math.ceil(round(seconds * fps, 6) / 4) + 1
+    frames = 4 * math.ceil(round(seconds * fps, 6) / 4) + 1
+    num_latents_of(frames)
+    return frames
 
 
 def _method(name: str, has_image: bool, changes: Mapping[str, int | float]) -> Method:

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = ["--seconds", "8", "--seed", "3", "--threads", "1", "--quiet", "--snapshot-every", "2"]
+WORDS = ["--model", "tiny", "--seconds", "8", "--seed", "3", "--threads", "1", "--quiet", "--snapshot-every", "2"]
 COMMAND = [sys.executable, "-m", "pipelines.cli", "generate"]
 
 

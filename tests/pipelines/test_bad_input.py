@@ -51,6 +51,8 @@ def refused(longvid, here):
         ("--seconds -1", ["seconds=-1", "positive", "try 10"]),
         ("--seconds nan", ["seconds=nan", "positive", "try 10"]),
         ("--seconds inf", ["seconds=inf", "positive", "try 10"]),
+        ("--seconds 1e30", ["must be at most 400001", "extend it"]),
+        ("--num-frames 400005", ["num_frames=400005", "at most 400001"]),
         ("--seconds 2 --num-frames 17", ["seconds=2", "num_frames=17", "one of them"]),
         ("--height 20", ["height=20", "multiple of 8", "16 or 24"]),
         ("--width 1", ["width=1", "multiple of 8", "8 or 16"]),
