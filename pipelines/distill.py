@@ -157,7 +157,7 @@ def roll_out(config: Distillation, student: DiT, text: Text, rng: np.random.Gene
         shape = (1, channels, plan.block_sizes[block], height, width)
         return torch.cat([block_noise(seed, block, shape, step) for seed in seeds])
 
-    with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+    with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         for _ in sample(plan, witness, lambda p: text, noise, fps=config.fps, during=witness.during):
             pass
     whole = torch.cat([witness.clean[block] for block in range(len(plan.block_sizes))], 2)
@@ -196,7 +196,7 @@ def velocity_of(
     negative: Text | None = None,
 ) -> Latents:  # fmt: skip
     """Velocity of clips (b, c, f, h, w) at the question's levels, guided if there is a negative text."""
-    with torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+    with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         lanes = [dit(noisy, 1000 * question.levels, dit.text_features(states), mask=question.mask, keep=False,
                      fps=config.fps)[0].float() for states in (text, negative) if states is not None]  # fmt: skip
     return lanes[0] if negative is None else guide(lanes[1], lanes[0], scale)
