@@ -101,6 +101,7 @@ CASES = {
     "zero2": {"deepspeed": "zero2", "accumulation": 2},
     "zero3": {"deepspeed": "zero3", "checkpointing": True},
 }
+RESUMED = ("plain", "zero3")
 STUDENTS = {"student": {}, "student-zero3": {"deepspeed": "zero3", "accumulation": 2}}
 
 
@@ -111,7 +112,7 @@ def main(out: Path) -> None:
         for name, changes in CASES.items():
             found[name] = train(out / name, engine, **changes)
             forget()
-            if name == "muon":
+            if name not in RESUMED:
                 continue
             train(out / f"{name}-cut", engine, stop=CUT + 3, **changes)
             forget()

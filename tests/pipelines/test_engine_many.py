@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.optimizers import LoopConfig, Part, check_parts, share_at
 from pipelines.zero import zero_config
-from tests.pipelines.take_part import CASES, CUT, NUM_STEPS, STUDENTS, distil, train
+from tests.pipelines.take_part import CASES, CUT, NUM_STEPS, RESUMED, STUDENTS, distil, train
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'longvid[train]'")
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_two_processes_distil_the_student_of_one(found, tmp_path, case):
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-4)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name != "muon"])
+@pytest.mark.parametrize("case", RESUMED)
 def test_cut_and_resumed_they_go_on(found, case):
     cut, uncut = found[f"{case}-cut"], found[case]
     assert len(cut["losses"]) == 10 and cut["losses"] == uncut["losses"][CUT:]
