@@ -46,8 +46,9 @@ class Costs:
     """Time of a pass through a layer, `fixed + per_latent n + per_pair n (n + context)` for n latents, and of the rest.
 
     `first` and `last` are per latent: embedding; unembedding and solver. `decode` is per latent that leaves. A message
-    takes `latency` and its bytes over `bandwidth` (bytes per unit of time). Bands share what grows with the latents,
-    but for `last`, whose solver is the head's, and a layer has two exchanges besides.
+    takes `latency` and its bytes over `bandwidth` (bytes per unit of time), beside which work goes on, and `message` of
+    the process at either end, which does nothing else then. Bands share what grows with the latents, but for `last`,
+    whose solver is the head's, and a layer has two exchanges besides.
     """
 
     fixed: float = 0.0
@@ -56,6 +57,7 @@ class Costs:
     first: float = 0.0
     last: float = 0.0
     decode: float = 0.0
+    message: float = 0.0
     latency: float = 0.0
     bandwidth: float = float("inf")
 
@@ -171,6 +173,10 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
         work = depth * (costs.layer(p, k) + costs.exchange(p, k, shape))
         work[0] += costs.first * n / k
         work[-1] += costs.last * n
+        work[1:] += costs.message
+        work[:-1] += costs.message
+        work[0] += costs.message * (is_abroad or k > 1)
+        work[-1] += costs.message * (lane > 0 or k > 1)
         before = np.concatenate([[0.0], np.cumsum(work[:-1] + costs.hop(hidden))])
         ready = free[lane] - before
         ready[0] = max(ready[0], fed + (costs.hop(latents) if is_abroad or k > 1 else 0.0))
@@ -182,7 +188,8 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
         sent[ranks[lane]] += depth[:, None] * n * shape.exchanged_bytes(k)
         sent[[rank for rank in ranks[lane][-1] if rank]] += latents
         answer = free[lane, -1] + (costs.hop(latents) if lane or k > 1 else 0.0)
-        head = max(free[0, -1], answer)
+        told = (k if is_abroad else k - 1) + (k if lane else k - 1)
+        head = max(free[0, -1], answer) + costs.message * told
         complete[i] = head
         for block in p.emits:
             end = head + costs.decode * plan.block_sizes[block]

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ Message = tuple[tuple[int, ...], torch.dtype]
 
 LARGE = 2**22
 """Bytes of a message by which bandwidth is measured."""
+
+TYPICAL, COUNTED = 2**17, 32
+"""Bytes and number of the messages by which it is measured what one takes of the process that sends or receives it."""
 
 AHEAD = 2
 """Messages for which a receive is posted before they are needed."""
@@ -105,10 +109,19 @@ class Receiver:
                 self._coming.append((dist.irecv(x, self.source, group=self.group), x))
 
 
-def measured_link(rank: int, device: torch.device, repeats: int = 5) -> tuple[float, float]:
-    """Latency in seconds and bandwidth in bytes a second between rank 0 and another, the same on both.
+class Measured(NamedTuple):
+    """Of a link: latency in seconds, bandwidth in bytes a second, and seconds that a message takes of a process."""
 
-    The rank 0 answers each message of the other with one of equal size. All processes may call it.
+    latency: float = 0.0
+    bandwidth: float = float("inf")
+    message: float = 0.0
+
+
+def measured_link(rank: int, device: torch.device, repeats: int = 5) -> Measured:
+    """The link between rank 0 and another, measured by these two; for others, nothing. All processes may call it.
+
+    The rank 0 answers each message of the other with one of equal size; then both send `COUNTED` at once, and what
+    starting to send and to receive one takes is counted.
     """
     times = []
     for size in (1, LARGE) if rank else ():
@@ -124,7 +137,18 @@ def measured_link(rank: int, device: torch.device, repeats: int = 5) -> tuple[fl
             int(x[0])  # a GPU has it only then
             spent.append(time.perf_counter() - start)
         times.append(min(spent[1:]) / 2)
-    return (times[0], LARGE / max(times[1] - times[0], 1e-9)) if times else (0.0, float("inf"))
+    if dist.get_rank() not in (0, rank) or not rank:
+        return Measured()
+    ways = (dist.irecv, dist.isend) if dist.get_rank() == 0 else (dist.isend, dist.irecv)  # NCCL takes turns
+    started = 0.0
+    for _ in range(COUNTED):
+        there, back = (torch.zeros(TYPICAL, dtype=torch.uint8, device=device) for _ in range(2))
+        start = time.perf_counter()
+        going = [ways[0](there, rank - dist.get_rank()), ways[1](back, rank - dist.get_rank())]
+        started += time.perf_counter() - start
+        for work in going:
+            work.wait()
+    return Measured(times[0], LARGE / max(times[1] - times[0], 1e-9), started / COUNTED / 2)
 
 
 class Local:

@@ -38,7 +38,9 @@ def shape_of(run: Run) -> ModelShape:
 
 
 @torch.no_grad()
-def measured_costs(run: Run, plan: Plan, *, latency: float, bandwidth: float, repeats: int = REPEATS) -> Costs:
+def measured_costs(
+    run: Run, plan: Plan, *, latency: float, bandwidth: float, message: float = 0.0, repeats: int = REPEATS
+) -> Costs:
     """Costs of the run's model on this machine, with the threads that torch has now; links as given.
 
     Layers are timed on passes of the plan, their context joined and their features kept as in a run, and the three
@@ -59,7 +61,7 @@ def measured_costs(run: Run, plan: Plan, *, latency: float, bandwidth: float, re
     step = _step_time(run, plan, repeats) / plan.method.num_lanes
     return Costs(fixed=fixed, per_latent=per_latent, per_pair=per_pair, first=statistics.median(first),
                  last=statistics.median(last) + step, decode=_decode_time(run, repeats), latency=latency,
-                 bandwidth=bandwidth)  # fmt: skip
+                 bandwidth=bandwidth, message=message)  # fmt: skip
 
 
 def _shown(plan: Plan) -> list[Pass]:

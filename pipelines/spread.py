@@ -18,7 +18,7 @@ from parallel.execute import Stage, attempted, from_all, from_rank, make_stage
 from parallel.grid import Degrees, Grid, Limits, possible_grids
 from parallel.launch import Launch, join
 from parallel.layout import Layout, fastest
-from parallel.link import measured_link
+from parallel.link import Measured, measured_link
 from parallel.snapshot import part_of
 from parallel.split import split_layers
 from pipelines.calibrate import measured_costs, shape_of
@@ -115,9 +115,9 @@ def grids_of(world_size: int, run: Run, asked: Degrees) -> list[Grid]:
     return possible_grids(world_size, limits_of(run), asked, may_cut_rows=run.device.startswith("cuda"))
 
 
-def costs_now(run: Run, plan: Plan, link: tuple[float, float] = (0.0, float("inf"))) -> Costs:
-    """Costs measured on this process's device, in a moment; `link` is latency and bandwidth."""
-    return measured_costs(run, plan, latency=link[0], bandwidth=link[1], repeats=1)
+def costs_now(run: Run, plan: Plan, link: Measured = Measured()) -> Costs:  # noqa: B008  an immutable value
+    """Costs measured on this process's device, in a moment."""
+    return measured_costs(run, plan, **link._asdict(), repeats=3)
 
 
 def layout_here(grids: list[Grid], run: Run, plan: Plan) -> Layout:
@@ -193,7 +193,8 @@ def taken_part(task: Task, *, whole: bool, lost: Callable[[str], None]) -> Itera
         if device.startswith("cuda"):
             available = min(from_all(torch.cuda.get_device_properties(device).total_memory))
             grids = grids_that_fit(grids, task.run, task.request.plan(), available)
-        link = measured_link(num - 1, torch.device(device))
+        found = measured_link(num - 1, torch.device(device))
+        link = from_rank(num - 1, lambda: found)
         measured = attempted(lambda: costs_now(task.run, plan, link))
         costs = mean_costs([from_rank(rank, measured) for rank in range(num)])
         encoded = attempted(task.encode) if dist.get_rank() == 0 else list  # while the last process plans

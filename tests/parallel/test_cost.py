@@ -68,7 +68,10 @@ def played(plan, grid, layers, costs, k):  # noqa: C901
                 things.pop(0)
                 moved = True
                 clock[rank] = max(clock[rank], mail[wanted])
+                lane = p.lane if grid.num_lanes > 1 else 0
+                is_abroad = way[0] != 0
                 if kind == "finish":
+                    clock[0] += costs.message * ((k if is_abroad else k - 1) + (k if lane else k - 1))
                     if p.updates:
                         feed(i)
                     for block in p.emits:
@@ -81,6 +84,9 @@ def played(plan, grid, layers, costs, k):  # noqa: C901
                     whole = p.num_latents * SHAPE.hidden_bytes
                     for parts in (3, 1) if k > 1 else ():  # queries, keys and values; what comes of them
                         clock[rank] += costs.latency + parts * whole / k * (1 - 1 / k) / costs.bandwidth
+                receives = stage > 0 or is_abroad or k > 1
+                sends = stage < grid.num_stages - 1 or lane > 0 or k > 1
+                clock[rank] += costs.message * (receives + sends)
                 clock[rank] += costs.first * p.num_latents * (stage == 0) / k
                 clock[rank] += costs.last * p.num_latents * (stage == grid.num_stages - 1)
                 ends[rank, i] = clock[rank]
@@ -101,8 +107,8 @@ def test_it_is_what_processes_that_exchange_messages_do(seed):
     plan = make_plan(method, rng.randint(2, 40))
     plain = Grid(num_stages=rng.randint(1, 5), num_lanes=rng.choice([1, method.num_lanes]))
     grid = replace(plain, num_bands=rng.choice([1, 2, 4]))
-    costs = Costs(**{name: rng.uniform(0, 2) for name in ("fixed", "per_latent", "per_pair", "first", "last", "decode",
-                                                          "latency")}, bandwidth=rng.uniform(300, 30000))  # fmt: skip
+    named = ("fixed", "per_latent", "per_pair", "first", "last", "decode", "latency", "message")
+    costs = Costs(**{name: rng.uniform(0, 2) for name in named}, bandwidth=rng.uniform(300, 30000))
     layers = split_layers([rng.uniform(0.5, 2) for _ in range(7)], grid.num_stages)
     timeline = simulate(plan, grid, layers, costs, SHAPE)
     ends, decodes = played(plan, plain, layers, costs, grid.num_bands)
