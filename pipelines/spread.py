@@ -117,7 +117,7 @@ def grids_of(world_size: int, run: Run, asked: Degrees) -> list[Grid]:
 
 def costs_now(run: Run, plan: Plan, link: Measured = Measured()) -> Costs:  # noqa: B008  an immutable value
     """Costs measured on this process's device, in a moment."""
-    return measured_costs(run, plan, **link._asdict(), repeats=3)
+    return measured_costs(run, plan, **link._asdict(), repeats=1)
 
 
 def layout_here(grids: list[Grid], run: Run, plan: Plan) -> Layout:

@@ -43,7 +43,7 @@ def test_two_processes_have_the_losses_of_one(found, alone, case):
     assert len(two["losses"]) == NUM_STEPS and len(set(one["losses"])) == NUM_STEPS
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
     assert two["checked"] == pytest.approx(one["checked"], abs=1e-4) and len(two["checked"]) == 4
-    assert two["weights"] == pytest.approx(one["weights"], rel=1e-4)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-3)
 
 
 @pytest.mark.parametrize("case", STUDENTS)

@@ -264,7 +264,7 @@ def test_presets_are_named_as_on_the_command_line(name):
 
 def test_an_unknown_method_lists_the_known():
     with pytest.raises(
-        ValueError, match="method 'fifo' is unknown; the methods are rolling, dualparal, skyreels-sync,"
+        ValueError, match="method 'fifo' is unknown; the methods are rolling, rolling-fast, dualparal, skyreels-sync,"
     ):
         make_method("fifo")
 
@@ -272,9 +272,13 @@ def test_an_unknown_method_lists_the_known():
 @pytest.mark.parametrize(
     "name, changes, able",
     [
-        ("dualparal", {"lag": 2}, "rolling, skyreels-async"),
-        ("skyreels-sync", {"block_size": 5}, "rolling, dualparal, skyreels-async, rolling-forcing, self-forcing"),
-        ("self-forcing", {"lag": 2}, "rolling, skyreels-async"),
+        ("dualparal", {"lag": 2}, "rolling, rolling-fast, skyreels-async"),
+        (
+            "skyreels-sync",
+            {"block_size": 5},
+            "rolling, rolling-fast, dualparal, skyreels-async, rolling-forcing, self-forcing",
+        ),
+        ("self-forcing", {"lag": 2}, "rolling, rolling-fast, skyreels-async"),
     ],
 )
 def test_a_change_that_a_method_does_not_take_names_those_that_do(name, changes, able):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.pipelines.conftest import load, read_json, save_film
 from tests.pipelines.test_spread import ENVIRONMENT, command, picture, run, workers_of
 
-FRAMES = 201
+FRAMES = 301
 FEW = ["--num-frames", FRAMES, "--num-steps", 4, "--snapshot-every", 2, "--threads", 1]
 
 
