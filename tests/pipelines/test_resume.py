@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.pipelines.conftest import load, read_json, save_film
 from tests.pipelines.test_spread import ENVIRONMENT, command, picture, run, workers_of
 
-FRAMES = 301
+FRAMES = 201
 FEW = ["--num-frames", FRAMES, "--num-steps", 4, "--snapshot-every", 2, "--threads", 1]
 
 
@@ -35,7 +35,10 @@ def uncut(model, tmp_path_factory):
 def cut(model, here, *words, num=1, blocks=5, number=signal.SIGKILL):
     """Start a run on `num` processes and end it, or one of them, once so many blocks are out. Its standard error."""
     words = command(model, *words, *FEW, "--nproc", num, "--output", here / "v.mp4")
-    child = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     clean, deadline = here / "v.run" / "clean", time.monotonic() + 90
     while not (clean / f"{blocks:06d}.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.01)

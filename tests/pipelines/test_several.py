@@ -8,7 +8,7 @@ from pipelines.configure import configure
 from pipelines.generate import generate
 from pipelines.record import Meter
 from tests.pipelines.conftest import load, read_json
-from tests.pipelines.test_resume import cut, resume
+from tests.pipelines.test_resume import FRAMES, cut, resume
 from tests.pipelines.test_spread import run
 
 PROMPTS = ["a red ball", "a green star", "a blue square on black"]
@@ -72,7 +72,7 @@ def test_a_run_of_several_goes_on_on_another_number_of_processes(model, here, pr
     prompts.write_text("\n".join(PROMPTS))
     ran = resume(here, "--nproc", 1)
     assert ran.returncode == 0, ran.stderr
-    hold(here, alone(201, 4), 201)
+    hold(here, alone(FRAMES, 4), FRAMES)
     assert not (here / "v.run").exists()
 
 
