@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from longvid.checkpoints.diffusers_folder import load_dit, load_vae, open_folder
+from longvid.checkpoints.diffusers_folder import load_dit, open_folder
 from longvid.flow import guide, solver_step
 from longvid.models.attention import KV
 from longvid.models.cache import Cache, Entry
@@ -18,6 +18,7 @@ from longvid.plan import Plan
 from longvid.sampler import timesteps_of
 from parallel.cost import Costs, ModelShape
 from pipelines.configure import Run
+from pipelines.generate import load_decoder
 
 REPEATS = 5
 TEXT_TOKENS = 160
@@ -140,7 +141,7 @@ def _latent_size(run: Run) -> tuple[int, int, int]:
 
 def _decode_time(run: Run, repeats: int) -> float:
     """Seconds for a latent of the VAE's stream."""
-    vae = load_vae(open_folder(run.model), torch.float32, run.device).eval()
+    vae = load_decoder(run)
     factor = vae.config.spatial_factor
     z = torch.zeros(1, vae.config.z_dim, 2, run.height // factor, run.width // factor, device=run.device)
     _, state = vae.decode(z)

@@ -66,7 +66,7 @@ def _request(options: argparse.Namespace) -> dict:
     """What the user gave of a video, without what was left out."""
     names = ("model", "prompt", "negative_prompt", "image", "seconds", "num_frames", "fps", "height", "width",
              "method", "num_steps", "guidance_scale", "flow_shift", "block_size", "lag", "seed", "device",
-             "dtype")  # fmt: skip
+             "dtype", "vae_dtype")  # fmt: skip
     given = {name: getattr(options, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -106,6 +106,8 @@ def _resume(options: argparse.Namespace) -> int:
     os.chdir(found["folder"])
     stored = parser().parse_args(found["command"])
     stored.resume, stored.run_dir, stored.overwrite, stored.goes_on = None, str(folder), True, True
+    for name in ("dtype", "vae_dtype"):  # another machine's defaults may differ
+        setattr(stored, name, found["depends_on"].get(name))
     if options.nproc is not None:
         for name in ("nproc", *DEGREES):
             setattr(stored, name, getattr(options, name))
@@ -142,7 +144,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     request, run = _configured(options, prompt="any")
     if not options.calibrate:  # a plan is the same for all
-        run = replace(run, device="cpu", dtype="float32")
+        run = replace(run, device="cpu", dtype="float32", vae_dtype="float32")
     if num_videos_of(request) > 1:
         request = request.for_processes(options.nproc or 1, options.sequence_parallel, None)
     plan = request.plan()

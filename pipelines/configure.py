@@ -45,6 +45,7 @@ class Run:
     seed: int
     device: str
     dtype: str
+    vae_dtype: str
 
     @property
     def num_latents(self) -> int:
@@ -76,6 +77,7 @@ def configure(
     seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    vae_dtype: str | None = None,
     **method_changes: int | float,
 ) -> Run:
     """Complete and check a request; what is left out takes the model's defaults, and one seed is chosen.
@@ -102,10 +104,12 @@ def configure(
             raise ValueError(f"num_frames={frames} leaves nothing to make after the image; try 81")
         read_image(image, height, width)
     device, dtype = choose_device(device, dtype)
+    vae_dtype = choose_vae_dtype(device, vae_dtype)
     return Run(
         model=opened.path, prompt=prompt, negative_prompt=negative_prompt or "", image=Path(image) if image else None,
         num_frames=frames, fps=fps, height=height, width=width, method=chosen,
         seed=secrets.randbelow(2**31) if seed is None else _whole("seed", seed, 0), device=device, dtype=dtype,
+        vae_dtype=vae_dtype,
     )  # fmt: skip
 
 
@@ -160,10 +164,22 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
         if device != "cpu" and index >= num_gpus:
             raise ValueError(f"device={device} was asked for, but there are {num_gpus} CUDA GPUs; use --device cpu")
     kind = device.split(":")[0]
-    dtype = dtype or ("bfloat16" if kind == "cuda" else "float32")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={dtype!r} is unknown; use float32 or bfloat16")
-    return device, dtype
+    return device, _dtype("dtype", dtype or ("bfloat16" if kind == "cuda" else "float32"))
+
+
+def choose_vae_dtype(device: str, vae_dtype: str | None) -> str:
+    """float32, as Wan's VAE is released, but on a CPU whose matrix units take bfloat16 (AMX): twice as fast there."""
+    if vae_dtype is None and device == "cpu":
+        import torch
+
+        vae_dtype = "bfloat16" if torch.cpu._is_amx_tile_supported() else None
+    return _dtype("vae_dtype", vae_dtype or "float32")
+
+
+def _dtype(name: str, given: str) -> str:
+    if given not in ("float32", "bfloat16"):
+        raise ValueError(f"{name}={given!r} is unknown; use float32 or bfloat16")
+    return given
 
 
 def _num_frames(seconds: float | None, num_frames: int | None, fps: int, defaults: Mapping) -> int:

@@ -77,6 +77,7 @@ def _add_video_flags(command: argparse.ArgumentParser) -> None:
     method.add_argument("--seed", type=int, metavar="N", help="chosen and printed if left out")
     method.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N")
     method.add_argument("--dtype", metavar="T", help="float32 or bfloat16")
+    method.add_argument("--vae-dtype", metavar="T", help="in which latents are decoded: float32 or bfloat16")
 
 
 def _add_output_flags(command: argparse.ArgumentParser) -> None:

@@ -53,7 +53,7 @@ def count_all() -> dict:
 
 
 def _run(model: Path, method: str) -> Run:
-    return configure(model=model, method=method, device="cpu", dtype="float32", **REQUEST)
+    return configure(model=model, method=method, device="cpu", dtype="float32", vae_dtype="float32", **REQUEST)
 
 
 def _asked(run: Run) -> dict[str, int]:

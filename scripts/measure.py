@@ -75,14 +75,16 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[flo
 
 
 def vae(folder: Path) -> None:
-    """Decoding with the embedded VAE against diffusers' of the same weights."""
+    """Decoding with the embedded VAE against diffusers' of the same weights: float32 both, and as `generate` does."""
     import torch
     from diffusers import AutoencoderKLWan
 
     from longvid.checkpoints.diffusers_folder import load_vae, open_folder
-    from pipelines.configure import BASE
+    from pipelines.configure import BASE, choose_vae_dtype
 
     ours = load_vae(open_folder(BASE), torch.float32).eval()
+    dtype = choose_vae_dtype("cpu", None)
+    default = load_vae(open_folder(BASE), torch.float32).decoding_in(getattr(torch, dtype)).eval()
     theirs = AutoencoderKLWan.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
     z = torch.randn(1, ours.config.z_dim, 13, 16, 16, generator=torch.Generator().manual_seed(0))
     shape = [1, -1, 1, 1, 1]
@@ -90,6 +92,9 @@ def vae(folder: Path) -> None:
     with torch.no_grad():
         difference = (ours.decode(z)[0] - theirs.decode(raw).sample).abs().max()
         a, b = ratio(lambda: ours.decode(z), lambda: theirs.decode(raw))
+        c, d = ratio(lambda: default.decode(z), lambda: theirs.decode(raw))
+    print(f"VAE decode by default ({dtype}): ours {49 / c:.0f} frames/s, diffusers in float32 {49 / d:.1f}, "
+          f"ratio {d / c:.1f}")  # fmt: skip
     print(f"VAE decode, 49 frames 128x128, {torch.get_num_threads()} threads: ours {49 / a:.0f} frames/s, diffusers "
           f"{49 / b:.1f}, ratio {b / a:.1f}, largest difference {difference:.1e}")  # fmt: skip
 

@@ -238,6 +238,12 @@ class VAE(nn.Module):
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
+    def decoding_in(self, dtype: torch.dtype) -> "VAE":
+        """This VAE with the weights that decode, and with them all that is computed of latents, in `dtype`."""
+        self.post_quant_conv.to(dtype)
+        self.decoder.to(dtype)
+        return self
+
     @torch.no_grad()
     def decode(self, latents: Latents, state: VAEState | None = None) -> tuple[Video, VAEState]:
         """Pixels of the next latents of a stream, float32 in [-1, 1], and what the call after needs.

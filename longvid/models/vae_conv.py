@@ -28,6 +28,11 @@ def conv3d_plain(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Te
     return y.permute(0, 2, 3, 4, 1)
 
 
+def packed(weight: Tensor) -> Tensor:
+    """The kernel of `conv3d_plain` with its channels last, as the activations have them."""
+    return weight.contiguous(memory_format=torch.channels_last_3d)
+
+
 def stacked_taps(weight: Tensor) -> Tensor:
     """`(o, c, k, y, x) -> (o, k c, y, x)`, channels last: the kernel for frames stacked as channels."""
     return rearrange(weight, "o c k y x -> o y x (k c)").permute(0, 3, 1, 2)

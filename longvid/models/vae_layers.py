@@ -22,6 +22,7 @@ from longvid.models.vae_conv import (
     conv3d_minimal,
     conv3d_plain,
     minimal_kernels,
+    packed,
     stacked_taps,
     upsample_conv2d,
 )
@@ -95,6 +96,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor, stream: Stream, stride: int 
     """`(b, t, h, w, c) -> (b, t', h, w, o)`: `conv3d_plain`, on the path that is fast for x."""
     if x.device.type != "cpu":
         return conv3d_plain(x, weight, bias, stride)
+    if x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        return conv3d_plain(x, stream.prepared(packed, weight), bias, stride)
     exact = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if weight.shape[2:] == (3, 3, 3) and x.shape[1] == 6 and exact and not torch.is_grad_enabled():
         return conv3d_minimal(x, stream.prepared(minimal_kernels, weight), bias)
@@ -123,12 +126,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """`(..., c) -> (..., c)`, in float32 inside; into `out` where no gradient is taken."""
-        wide = x.float()
-        scale = x.shape[-1] ** 0.5 / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = x.shape[-1] ** 0.5 / norm.clamp_min(1e-12)
         gamma = self.gamma.flatten()
         if out is None:
-            return (wide * scale * gamma).to(x.dtype)
-        return torch.mul(wide, scale, out=out).mul_(gamma)
+            return (x.float() * scale * gamma).to(x.dtype)
+        return torch.mul(x, scale.to(x.dtype), out=out).mul_(gamma)
 
 
 class ResidualBlock(nn.Module):

@@ -79,6 +79,7 @@ def refused(longvid, here):
         ("--threads 0", ["threads=0", "at least 1", f"try {os.cpu_count()}"]),
         ("--device tpu", ["device='tpu'", "cpu, cuda"]),
         ("--dtype int8", ["dtype='int8'", "float32 or bfloat16"]),
+        ("--vae-dtype float16", ["vae_dtype='float16'", "float32 or bfloat16"]),
         ("--frobnicate 1", ["--frobnicate"]),
         ("--promp words", ["--promp", "unrecognized"]),
         ("stray", ["stray", "unrecognized"]),

@@ -54,6 +54,15 @@ def test_every_method_makes_every_length(model, name):
         assert counter.passes == len(run.plan().passes)
 
 
+def test_the_dtype_of_decoding_leaves_latents_as_they_are(model, picture):
+    made = {}
+    for dtype in ("float32", "bfloat16"):
+        run, meter = configure(model=model, image=picture, num_frames=9, num_steps=2, seed=1, vae_dtype=dtype), Meter()
+        made[dtype] = np.concatenate(list(generate(run, meter))).astype(int), meter.latent_sha256
+    (exact, sha), (rounded, other) = made.values()
+    assert sha == other and 0 < np.abs(exact - rounded).mean() < 3
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_frames_leave_before_the_last_pass(model, name):
     """33 latents are more than any method's first window; a block of n latents is 4n frames, the first 3 less."""
