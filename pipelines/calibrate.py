@@ -22,6 +22,9 @@ from pipelines.generate import load_decoder
 
 REPEATS = 5
 TEXT_TOKENS = 160
+LEAST_LAYERS, CACHED = 3, 64 * 2**20
+"""Layers timed in a row: at least so many, and of small models as many as have weights of that many bytes: a CPU's
+caches would hold those of fewer, and a pass through all layers finds none there."""
 
 
 def shape_of(run: Run) -> ModelShape:
@@ -44,12 +47,12 @@ def measured_costs(
 ) -> Costs:
     """Costs of the run's model on this machine, with the threads that torch has now; links as given.
 
-    Layers are timed on passes of the plan, their context joined and their features kept as in a run, and the three
-    coefficients fitted to that; the ends are what the end layers take besides, with the solver's step. Times are
-    medians of `repeats` calls.
+    Some layers in a row are timed on passes of the plan, their context joined and their features kept as in a run, and
+    the three coefficients fitted to that; the ends are what the end layers take besides, with the solver's step. Times
+    are medians of `repeats` calls.
     """
     num_layers = open_folder(run.model).transformer["num_layers"]
-    few, more = range(1), range(min(3, num_layers))
+    few, more = range(1), range(min(max(LEAST_LAYERS, CACHED // shape_of(run).layer_bytes), num_layers))
     parts = {layers: _part(run, layers) for layers in (few, more, range(num_layers - 1, num_layers))}
     shown = _shown(plan)
     layer, first, last = [], [], []

@@ -5,7 +5,7 @@
 
 The same folder, prompt, frames, steps and guidance go through diffusers' `SkyReelsV2DiffusionForcingPipeline` (windows
 of 97 frames that share 17), through longvid with the same windows (`skyreels-sync`), and through longvid with the
-model's own method. `--sequence-parallel K` adds K processes that share heads (Ulysses, no stages) and K that share
+model's own method, all in float32. `--sequence-parallel K` adds K processes that share heads (Ulysses, no stages) and K that share
 layers. Each runs in a process of its own, with nothing kept from the run before.
 """
 
@@ -58,6 +58,7 @@ def requested(options: argparse.Namespace, case: str):
               "dtype": "float32"}  # fmt: skip
     if case == OWN + ", also":
         return configure(model=options.also, **common)
+    common["vae_dtype"] = "float32"  # as diffusers
     method = {"method": "skyreels-sync"} if case == WINDOWS else {}
     return configure(model=options.model, num_steps=options.steps, guidance_scale=options.guidance_scale,
                      flow_shift=options.flow_shift, **method, **common)  # fmt: skip
@@ -156,9 +157,9 @@ def run_together(options: argparse.Namespace, layout: str, file: Path) -> dict:
     metrics = file.with_suffix(".metrics.json")
     words = ["generate", "--model", run.model, "--prompt", run.prompt, "--num-frames", run.num_frames, "--seed",
              run.seed, "--num-inference-steps", options.steps, "--guidance-scale", options.guidance_scale,
-             "--flow-shift", options.flow_shift, "--device", "cpu", "--nproc", num, "--threads", options.threads,
-             *(word.format(nproc=num) for word in LAYOUTS[layout]), "--output", file.with_suffix(".mp4"), "--metrics",
-             metrics, "--quiet", "--overwrite"]  # fmt: skip
+             "--flow-shift", options.flow_shift, "--device", "cpu", "--vae-dtype", run.vae_dtype, "--nproc", num,
+             "--threads", options.threads, *(word.format(nproc=num) for word in LAYOUTS[layout]), "--output",
+             file.with_suffix(".mp4"), "--metrics", metrics, "--quiet", "--overwrite"]  # fmt: skip
     start = time.time()
     subprocess.run([sys.executable, "-m", "pipelines.cli", *map(str, words)], check=True, cwd=ROOT,
                    stdout=subprocess.DEVNULL)  # fmt: skip
@@ -248,7 +249,7 @@ def main() -> None:
 
     if options.repeats < 1:
         sys.exit(f"repeats={options.repeats} must be at least 1; try 3")
-    out, command = Path(options.out), f"python scripts/bench_peers.py {shlex.join(sys.argv[1:])}".strip()
+    out, command = Path(options.out).resolve(), f"python scripts/bench_peers.py {shlex.join(sys.argv[1:])}".strip()
     records = []
     with tempfile.TemporaryDirectory() as folder:
         words = sys.argv[1:]
