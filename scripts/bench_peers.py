@@ -3,10 +3,10 @@
     python scripts/bench_peers.py --seconds 60 --repeats 3
     python scripts/bench_peers.py --shape small --seconds 10 --sequence-parallel 2 --threads 1 --out DIR
 
-The same folder, prompt, frames, steps and guidance go through diffusers' `SkyReelsV2DiffusionForcingPipeline` (windows
-of 97 frames that share 17), through longvid with the same windows (`skyreels-sync`), and through longvid with the
-model's own method, all in float32. `--sequence-parallel K` adds K processes that share heads (Ulysses, no stages) and K that share
-layers. Each runs in a process of its own, with nothing kept from the run before.
+The same folder, prompt, frames, steps and guidance go through diffusers' `SkyReelsV2DiffusionForcingPipeline`
+(windows of 97 frames that share 17), through longvid with the same windows (`skyreels-sync`), and through longvid
+with the model's own method, all in float32. `--sequence-parallel K` adds K processes that share heads (Ulysses, no
+stages) and K that share layers. Each runs in a process of its own, with nothing kept from the run before.
 """
 
 import argparse
