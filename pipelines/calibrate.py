@@ -20,7 +20,8 @@ from parallel.cost import Costs, ModelShape
 from pipelines.configure import Run
 from pipelines.generate import load_decoder
 
-REPEATS = 5
+REPEATS, SHORT = 5, 0.1
+"""Calls of which a time is the median, and seconds within which these are made even where fewer would do."""
 TEXT_TOKENS = 160
 LEAST_LAYERS, CACHED = 3, 64 * 2**20
 """Layers timed in a row: at least so many, and of small models as many as have weights of that many bytes: a CPU's
@@ -152,9 +153,9 @@ def _decode_time(run: Run, repeats: int) -> float:
 
 
 def _time(run: Run, call: Callable[[], object], repeats: int) -> float:
-    """Median seconds of a call."""
+    """Median seconds of a call, after a first one; of more repeats than asked for where they are short."""
     times = []
-    for _ in range(repeats + 1):
+    while len(times) <= repeats or (len(times) <= REPEATS and sum(times) < SHORT):
         start = time.perf_counter()
         call()
         if run.device.startswith("cuda"):
