@@ -18,7 +18,7 @@ from longvid.plan import Plan
 from longvid.sampler import timesteps_of
 from parallel.cost import Costs, ModelShape
 from pipelines.configure import Run
-from pipelines.generate import load_decoder
+from pipelines.generate import vae_of
 
 REPEATS, SHORT = 5, 0.1
 """Calls of which a time is the median, and seconds within which these are made even where fewer would do."""
@@ -145,7 +145,7 @@ def _latent_size(run: Run) -> tuple[int, int, int]:
 
 def _decode_time(run: Run, repeats: int) -> float:
     """Seconds for a latent of the VAE's stream."""
-    vae = load_decoder(run)
+    vae = vae_of(run)
     factor = vae.config.spatial_factor
     z = torch.zeros(1, vae.config.z_dim, 2, run.height // factor, run.width // factor, device=run.device)
     _, state = vae.decode(z)

@@ -77,7 +77,7 @@ def load_models(run: Run, stage: Stage | None = None, texts: tuple[Text, ...] = 
     folder = open_folder(run.model)
     states = texts or encode_prompts(run)
     dit = load_dit(folder, getattr(torch, run.dtype), run.device, stage.layers if stage else None).eval()
-    vae = load_decoder(run) if stage is None or stage.is_head else None
+    vae = vae_of(run) if stage is None or stage.is_head else None
     features = lru_cache(TEXTS_KEPT)(torch.no_grad()(lambda which: dit.text_features(states[which].to(run.device))))
     text = lambda video, lane: features(-1 if lane else video)  # noqa: E731
     factor = VAEConfig.from_dict(folder.vae).spatial_factor
@@ -86,7 +86,7 @@ def load_models(run: Run, stage: Stage | None = None, texts: tuple[Text, ...] = 
     return Models(dit=dit, vae=vae, text=text, latent_size=size, bytes_read=read, stage=stage)
 
 
-def load_decoder(run: Run) -> VAE:
+def vae_of(run: Run) -> VAE:
     """The folder's VAE: what it encodes in float32, since latents depend on it, what it decodes in the run's dtype."""
     return load_vae(open_folder(run.model), torch.float32, run.device).decoding_in(getattr(torch, run.vae_dtype)).eval()
 

@@ -4,6 +4,7 @@ Each is measured on this machine, now: whole commands in processes of their own,
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -76,15 +77,18 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[flo
 
 def vae(folder: Path) -> None:
     """Decoding with the embedded VAE against diffusers' of the same weights: float32 both, and as `generate` does."""
+    import numpy as np
     import torch
     from diffusers import AutoencoderKLWan
 
     from longvid.checkpoints.diffusers_folder import load_vae, open_folder
+    from longvid.worlds import draw, sample_world
     from pipelines.configure import BASE, choose_vae_dtype
 
     ours = load_vae(open_folder(BASE), torch.float32).eval()
     dtype = choose_vae_dtype("cpu", None)
     default = load_vae(open_folder(BASE), torch.float32).decoding_in(getattr(torch, dtype)).eval()
+    film = torch.from_numpy(draw(sample_world(np.random.default_rng(0)), 81)).permute(3, 0, 1, 2)[None] / 127.5 - 1
     theirs = AutoencoderKLWan.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
     z = torch.randn(1, ours.config.z_dim, 13, 16, 16, generator=torch.Generator().manual_seed(0))
     shape = [1, -1, 1, 1, 1]
@@ -93,8 +97,10 @@ def vae(folder: Path) -> None:
         difference = (ours.decode(z)[0] - theirs.decode(raw).sample).abs().max()
         a, b = ratio(lambda: ours.decode(z), lambda: theirs.decode(raw))
         c, d = ratio(lambda: default.decode(z), lambda: theirs.decode(raw))
+        latents = ours.encode(film)[0]
+        error = (ours.decode(latents)[0] - default.decode(latents)[0]).square().mean()
     print(f"VAE decode by default ({dtype}): ours {49 / c:.0f} frames/s, diffusers in float32 {49 / d:.1f}, "
-          f"ratio {d / c:.1f}")  # fmt: skip
+          f"ratio {d / c:.1f}; {10 * math.log10(4 / max(error, 1e-20)):.0f} dB from float32")  # fmt: skip
     print(f"VAE decode, 49 frames 128x128, {torch.get_num_threads()} threads: ours {49 / a:.0f} frames/s, diffusers "
           f"{49 / b:.1f}, ratio {b / a:.1f}, largest difference {difference:.1e}")  # fmt: skip
 

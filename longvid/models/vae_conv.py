@@ -2,9 +2,9 @@
 
     b  batch    t  frames    h w  height and width    c o  channels in and out    k  temporal taps
 
-Three ways to one result. `conv3d_plain` is the definition and, on a GPU, the fast way. A CPU runs float32 3-D
-convolutions of few channels 5 to 20 times slower than images, so there `conv3d_by_taps` makes images of them, and
-`conv3d_minimal` does the same with fewer products. They know nothing of streams or of the past.
+Three ways to one result. `conv3d_plain` is the definition and, on a GPU or in bfloat16, the fast way. A CPU runs
+float32 3-D convolutions of few channels 5 to 20 times slower than images, so there `conv3d_by_taps` makes images of
+them, and `conv3d_minimal` does the same with fewer products. They know nothing of streams or of the past.
 """
 
 import torch

@@ -125,7 +125,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * num_axes))
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """`(..., c) -> (..., c)`, in float32 inside; into `out` where no gradient is taken."""
+        """`(..., c) -> (..., c)`, rms in float32; into `out`, in x's dtype, where no gradient is taken."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = x.shape[-1] ** 0.5 / norm.clamp_min(1e-12)
         gamma = self.gamma.flatten()
