@@ -1,9 +1,9 @@
 """Notices that another process is silent: stopped, cut off, or its machine gone, which no closed connection tells.
 
 Each process counts up a number in the store that all share, and watches that of the next rank. What breaks is thus
-seen by one process, whose end the others see as a closed connection. On the same machine it kills the silent one,
-which would not hear its launcher either. The store is asked in a thread of its own, since
-a question over a cut link has no answer.
+seen by one process, which says so and ends; the others see that as a closed connection. On the same machine it kills
+the silent one, which would not hear its launcher either. The store is asked in a thread of its own, since a question
+over a cut link has no answer.
 """
 
 import os
@@ -29,7 +29,8 @@ GOODBYE = -(2**40)
 def heartbeat(store: dist.Store, rank: int, world_size: int, lost: Callable[[str], None]) -> Iterator[None]:
     """Beat and watch within, and say goodbye at the end if that is a good one.
 
-    `lost` is called once, in another thread, with what was lost, and should not return.
+    If another is lost, `lost` is called with what to say, in another thread, and this process ends at once with code 1,
+    since its main thread waits for what will not come.
     """
     if world_size == 1:
         yield
@@ -74,12 +75,12 @@ class _Heart:
         """Say so when nothing was heard for too long."""
         while not ended.wait(BEAT_S) and not self.left:
             if time.monotonic() - self.heard > SILENT_S:
-                if self.other_pid is not None:
-                    with suppress(ProcessLookupError):
-                        os.kill(self.other_pid, signal.SIGKILL)
                 lost(f"nothing was heard of the process of rank {self.other} for {SILENT_S:.0f} s: it hangs, or its "
                      "machine is cut off")  # fmt: skip
-                return
+                if self.other_pid is not None:  # only now: the launcher ends this process when it sees that one's end
+                    with suppress(ProcessLookupError):
+                        os.kill(self.other_pid, signal.SIGKILL)
+                os._exit(1)
 
 
 def _machine() -> str:

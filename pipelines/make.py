@@ -102,7 +102,7 @@ def _take_part(options, task, described: dict, num_frames: int, source: Path | N
     """Be one of several processes."""
     from pipelines.spread import taken_part
 
-    with taken_part(task, whole=bool(task.outputs.trace), lost=give_up) as (task, stage, layout):
+    with taken_part(task, whole=bool(task.outputs.trace), lost=say_lost) as (task, stage, layout):
         if not stage.is_head:
             return work(task, stage)
         if not options.quiet:
@@ -125,10 +125,9 @@ def degrees_of(options):
     return Degrees(stages=options.stages, sequence=options.sequence_parallel, lanes=lanes)
 
 
-def give_up(why: str) -> None:
-    """End at once, though the main thread waits for what will not come; the file so far plays."""
+def say_lost(why: str) -> None:
+    """Say what was lost of a run that is given up; the file so far plays."""
     print(f"longvid failed: {why}", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 def _how(options):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pipelines.carry_out import EXIT_DONE
-from pipelines.make import give_up, is_worker, use_threads
+from pipelines.make import is_worker, say_lost, use_threads
 
 LOOP_FLAGS = {
     "steps": "num_steps", "batch_size": "batch_size", "learning_rate": "learning_rate", "optimizer": "optimizer",
@@ -44,7 +44,7 @@ def run_training(options: argparse.Namespace) -> int:
     from pipelines.engine_many import many
 
     device = request.dit.get("device", "cpu")
-    with join(device, give_up) as device:
+    with join(device, say_lost) as device:
         return _print(request.on(device), num, many(request.dit.get("dtype", "bfloat16"), device))
 
 
