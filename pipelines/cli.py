@@ -25,8 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         code = _run(options)
-        if is_worker():  # it is over and said: a launcher that ends all its processes need not interrupt the exit
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _be_over()
         return code
     except KeyboardInterrupt:
         if is_worker():  # the process that started this one says so
@@ -57,7 +56,14 @@ def _one_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def _be_over() -> None:
+    """A launcher that ends all its processes need not interrupt what one still says, nor its exit."""
+    if is_worker():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _say(line: str, code: int) -> int:
+    _be_over()
     print(line, file=sys.stderr)
     return code
 
