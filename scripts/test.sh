@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what tests need and runs all of them: ruff, then pytest. Arguments go to pytest.
+# Installs what tests need and runs all of them: ruff, then pytest, the files of tests spread over two processes.
+# Arguments go to pytest.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install "[test]" test
@@ -11,4 +12,4 @@ fi
 cd "$root"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-exec "$bin/python" -m pytest "$@"
+exec "$bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"
