@@ -10,6 +10,7 @@ the sink, a gap, and the recent past.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -130,13 +131,6 @@ def make_latents(folder: Path, vae: VAE, seed: int, films: FilmSet, num_films: i
         yield min(start + shard, num_films)
 
 
-def weights_of(films: Sequence[Film]) -> np.ndarray:
-    """How often each film is drawn, (films,), in all 1."""
-    small = [any(thing.motion in SMALL_MOTIONS for thing in film.world.things) for film in films]
-    weights = np.where(small, SMALL_MOTION_WEIGHT, 1.0)
-    return weights / weights.sum()
-
-
 class FilmLatents:
     """All films of a set in memory."""
 
@@ -148,14 +142,19 @@ class FilmLatents:
             )
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.films = [film_at(seed, int(i)) for shard in shards for i in shard["indices"]]
-        self.weights = weights_of(self.films)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """How often each film is drawn for its motion, (films,), in all 1."""
+        small = [any(thing.motion in SMALL_MOTIONS for thing in film.world.things) for film in self.films]
+        weights = np.where(small, SMALL_MOTION_WEIGHT, 1.0)
+        return weights / weights.sum()
 
     def beginnings(self, num_latents: int) -> "FilmLatents":
         """The first latents of those films that have no gap after the first."""
         chosen = [i for i, film in enumerate(self.films) if film.start == SINK]
         cut = FilmLatents.__new__(FilmLatents)
         cut.latents, cut.films = self.latents[chosen, :, :num_latents], [self.films[i] for i in chosen]
-        cut.weights = weights_of(cut.films)
         return cut
 
     def sample(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:

@@ -119,6 +119,8 @@ writers = [VideoWriter(path, height=48, width=64, fps=24) for path in sys.argv[1
 for i in range(40):
     for writer in writers:
         writer.write(np.full((1, 48, 64, 3), 5 * i, np.uint8))
+for writer in writers:
+    writer.write(np.empty((0, 48, 64, 3), np.uint8))  # returns when the encoder has the frames before
 print(*(writer._process.pid for writer in writers), flush=True)
 time.sleep(60)
 """
