@@ -10,7 +10,6 @@ the sink, a gap, and the recent past.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +27,6 @@ BLOCK = 3
 RUN = 15
 CLIP = 3 * BLOCK
 WARM_UP = 2
-SMALL_MOTIONS = frozenset({"spins", "pulses"})
-"""Motions that change few pixels, so that a mean squared error hardly asks for them."""
-SMALL_MOTION_WEIGHT = 3.0
 FURTHEST = 240
 ENCODED_AT_ONCE = 8
 
@@ -143,13 +139,6 @@ class FilmLatents:
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.films = [film_at(seed, int(i)) for shard in shards for i in shard["indices"]]
 
-    @cached_property
-    def weights(self) -> np.ndarray:
-        """How often each film is drawn for its motion, (films,), in all 1."""
-        small = [any(thing.motion in SMALL_MOTIONS for thing in film.world.things) for film in self.films]
-        weights = np.where(small, SMALL_MOTION_WEIGHT, 1.0)
-        return weights / weights.sum()
-
     def beginnings(self, num_latents: int) -> "FilmLatents":
         """The first latents of those films that have no gap after the first."""
         chosen = [i for i, film in enumerate(self.films) if film.start == SINK]
@@ -163,11 +152,8 @@ class FilmLatents:
         return self.latents[torch.from_numpy(chosen)].float(), [caption(self.films[i].world, rng) for i in chosen]
 
     def sample_runs(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[str], Tensor]:
-        """Clips (count, c, SINK + CLIP, h, w) of long films, their captions, and which have a gap after the sink.
-
-        Films in which something spins or pulses come `SMALL_MOTION_WEIGHT` times as often as others.
-        """
-        chosen = rng.choice(len(self.films), count, p=self.weights)
+        """Clips (count, c, SINK + CLIP, h, w) of long films, their captions, and which have a gap after the sink."""
+        chosen = rng.integers(0, len(self.films), count)
         offsets = np.where(rng.uniform(size=count) < 0.7, 0, rng.integers(1, RUN - CLIP + 1, count))
         clips = torch.stack([
             torch.cat([self.latents[i, :, :SINK], self.latents[i, :, SINK + o : SINK + o + CLIP]], 1)
