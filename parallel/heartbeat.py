@@ -75,12 +75,14 @@ class _Heart:
         """Say so when nothing was heard for too long."""
         while not ended.wait(BEAT_S) and not self.left:
             if time.monotonic() - self.heard > SILENT_S:
-                lost(f"nothing was heard of the process of rank {self.other} for {SILENT_S:.0f} s: it hangs, or its "
-                     "machine is cut off")  # fmt: skip
-                if self.other_pid is not None:  # only now: the launcher ends this process when it sees that one's end
-                    with suppress(ProcessLookupError):
-                        os.kill(self.other_pid, signal.SIGKILL)
-                os._exit(1)
+                try:
+                    lost(f"nothing was heard of the process of rank {self.other} for {SILENT_S:.0f} s: it hangs, or "
+                         "its machine is cut off")  # fmt: skip
+                finally:
+                    if self.other_pid is not None:  # only now: the launcher ends this process when that one has ended
+                        with suppress(ProcessLookupError):
+                            os.kill(self.other_pid, signal.SIGKILL)
+                    os._exit(1)
 
 
 def _machine() -> str:
