@@ -56,7 +56,7 @@ class Exchange:
 
 
 class Rotation(NamedTuple):
-    """Every token's angles, each (tokens, 1, d / 2): as complex numbers, and views of their parts, float32."""
+    """Every token's angles: as complex numbers (tokens, 1, d / 2), and for training their parts (tokens, 1, d), twice."""
 
     turn: Tensor
     cos: Tensor
@@ -79,26 +79,31 @@ def rotation(num_latents: int, height: int, width: int, head_dim: int, device: t
         shape[axis] = count
         angles.append(angle.view(shape).expand(num_latents, height, width, -1))
     angle = torch.cat(angles, -1).flatten(0, 2)[:, None]
-    parts = torch.stack([angle.cos().float(), angle.sin().float()], -1)
-    return Rotation(torch.view_as_complex(parts), *parts.unbind(-1))
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return Rotation(torch.complex(cos, sin), cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1))
 
 
 def rotate(x: Tensor, turn: Rotation, start: int = 0) -> Tensor:
     """Turn each pair of neighbouring features of `x` (b, tokens, n, d) by the angle of token `start + its index`.
 
-    In training without complex numbers, which compilers cannot fuse and whose gradients are slow.
+    In training without complex numbers, which compilers cannot fuse and whose gradients are slow: (a, b) becomes
+    (-b, a) by a product that is exact, since numbers that lie apart in memory are slow to a CPU.
     """
     stop = start + x.shape[1]
     if x.requires_grad:
-        cos, sin = turn.cos[start:stop], turn.sin[start:stop]
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
+        return (x.float() * turn.cos[start:stop] + (x @ _quarter_turn(x)).float() * turn.sin[start:stop]).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn.turn[start:stop]).flatten(-2).type_as(x)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention; all (b, tokens, n, d). A boolean `mask` (queries, keys) is for training only.
+def _quarter_turn(x: Tensor) -> Tensor:
+    """The matrix (d, d) that takes each pair (a, b) of neighbouring features to (-b, a)."""
+    pair = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=x.dtype, device=x.device)
+    return torch.block_diag(*[pair] * (x.shape[-1] // 2))
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention; all (b, tokens, n, d). A `bias` (queries, keys), added to scores, is for training only.
 
     Trained on a CPU it is written out: the gradient of the fused kernel is slow there.
     """
@@ -106,7 +111,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = No
     if query.requires_grad and query.device.type == "cpu":
         q, k, v = heads_first
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+        if bias is not None:
+            scores = scores + bias
         return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+    bias = None if bias is None else bias.to(query.dtype)
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=bias).transpose(1, 2)

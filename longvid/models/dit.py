@@ -229,7 +229,7 @@ class Layer(nn.Module):
         before: KV | None,
         after: KV | None,
         turn: Rotation,
-        mask: Tensor | None,
+        bias: Tensor | None,
         exchange: Exchange = Exchange(),  # noqa: B008  it has no state
     ) -> tuple[Tensor, KV]:
         """Hidden states (b, f, h, w, d) to hidden states, and this layer's features of them."""
@@ -237,7 +237,7 @@ class Layer(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = table.unbind(2)
 
         normed = torch.addcmul(shift_attn, layer_norm(x, self.eps), 1 + scale_attn).type_as(x)
-        attended, features = self._self_attention(normed, before, after, turn, mask, exchange)
+        attended, features = self._self_attention(normed, before, after, turn, bias, exchange)
         x = torch.addcmul(x.float(), attended.float(), gate_attn).type_as(x)
 
         normed = x if self.norm2 is None else self.norm2(x.to(self.norm2.weight.dtype)).type_as(x)
@@ -253,7 +253,7 @@ class Layer(nn.Module):
         before: KV | None,
         after: KV | None,
         turn: Rotation,
-        mask: Tensor | None,
+        bias: Tensor | None,
         exchange: Exchange,
     ) -> tuple[Tensor, KV]:
         parts = (self.attn1.query(x), *self.attn1.key_value(x))
@@ -262,7 +262,7 @@ class Layer(nn.Module):
         seen = join([kv for kv in (before, own, after) if kv is not None])
         start = before.keys.shape[1] * query.shape[2] if before is not None else 0
         query = rotate(query.flatten(1, 2), turn, start)
-        out = attend(query, rotate(seen.keys.flatten(1, 2), turn), seen.values.flatten(1, 2), mask)
+        out = attend(query, rotate(seen.keys.flatten(1, 2), turn), seen.values.flatten(1, 2), bias)
         out = exchange.by_tokens(out.unflatten(1, (x.shape[1], -1)))
         return self.attn1.output(out).view_as(x), own
 
@@ -323,10 +323,11 @@ class DiT(nn.Module):
         f, h, w = x.shape[1:4]
         seen = sum(next(iter(part.values())).keys.shape[1] for part in context if part)
         turn = rotation(f + seen, exchange.num_rows(h), w, self.config.attention_head_dim, x.device)
+        bias = None if mask is None else torch.zeros(mask.shape, device=x.device).masked_fill(~mask, float("-inf"))
         features = {}
         for i in self.layers:
             before, after = context.before.get(i), context.after.get(i)
-            x, left = self.blocks[str(i)](x, modulation, text[i], before, after, turn, mask, exchange)
+            x, left = self.blocks[str(i)](x, modulation, text[i], before, after, turn, bias, exchange)
             if keep:
                 features[i] = left
         return (self._unembed(x, time) if self.is_last else x), features
