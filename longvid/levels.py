@@ -105,7 +105,7 @@ def per_latent(levels: np.ndarray, sizes: Sequence[int], shift: float) -> Tensor
     return torch.tensor(np.repeat(shifted, sizes), dtype=torch.float32)
 
 
-def block_causal_mask(sizes: Sequence[int], tokens_per_latent: int) -> Tensor:
-    """True where a query may see a key: within its block and all before; (tokens, tokens)."""
-    block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes) * tokens_per_latent)
+def block_causal_mask(sizes: Sequence[int]) -> Tensor:
+    """True where a latent may see another: within its block and all before; (latents, latents)."""
+    block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     return block[:, None] >= block[None, :]

@@ -178,15 +178,15 @@ class Question:
     mask: Tensor | None
 
 
-def ask(config: Distillation, rollout: Rollout, rows: Sequence[np.random.Generator], tokens: int) -> Question:
-    """Levels and noise of each clip, drawn by a generator of its own; `tokens` are those of a latent."""
+def ask(config: Distillation, rollout: Rollout, rows: Sequence[np.random.Generator]) -> Question:
+    """Levels and noise of each clip, drawn by a generator of its own."""
     shape = rollout.clips.shape[1:]
     levels = [per_latent(draw_levels(config.levels, rng, len(rollout.sizes)), rollout.sizes, config.shift)
               for rng in rows]  # fmt: skip
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31)))) for rng in rows]
     mask = None
     if config.method.kind is Kind.CAUSAL:
-        mask = block_causal_mask(rollout.sizes, tokens).to(rollout.clips.device)
+        mask = block_causal_mask(rollout.sizes).to(rollout.clips.device)
     return Question(noise=torch.stack(noise).to(rollout.clips.device), mask=mask,
                     levels=torch.stack(levels).clamp(LEAST, MOST).to(rollout.clips.device))  # fmt: skip
 
@@ -244,7 +244,6 @@ def distill(
         for layer in (*teacher.blocks.values(), *both["critic"].blocks.values()):
             layer.compile(dynamic=False)
     set_speed(both["student"].parameters(), config.student_speed)
-    tokens = config.latent_size[1] * config.latent_size[2] // int(np.prod(teacher.config.patch_size))
 
     def loss_at(step: int, part: Part = WHOLE) -> dict[str, Tensor]:
         rng, rows = np.random.default_rng((config.loop.seed, step)), config.loop.batch_size
@@ -254,10 +253,10 @@ def distill(
         seeds = part.of(rng.integers(2**31, size=rows).tolist())
         rollout = roll_out(config, both["student"], states, rng, seeds)
         generators = [np.random.default_rng((config.loop.seed, step, row)) for row in addresses]
-        question = ask(config, rollout, generators, tokens)
+        question = ask(config, rollout, generators)
         moves = student_loss(config, teacher, both["critic"], rollout, question, states, negative) / part.count
         seen = rollout.repeated(config.critic_draws)
-        question = ask(config, seen, generators * config.critic_draws, tokens)
+        question = ask(config, seen, generators * config.critic_draws)
         knows = critic_loss(config, both["critic"], seen, question, states.repeat(config.critic_draws, 1, 1))
         knows = knows / part.count
         return {"loss": moves + knows, "student": moves, "critic": knows}

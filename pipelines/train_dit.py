@@ -147,7 +147,7 @@ def opening_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLate
             levels = np.array([level, min(1.0, level + 1 / 16)])
         rows.append(per_latent(levels, sizes, config.shift))
     levels = torch.stack(rows)
-    mask = block_causal_mask(sizes, tokens_per_latent(clean))
+    mask = block_causal_mask(sizes)
     return Batch(clean=clean, captions=captions, levels=levels, counts=levels > CLEAN, mask=mask)
 
 
@@ -172,14 +172,8 @@ def long_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents
     counts = levels > CLEAN
     counts[has_gap, : SINK + BLOCK] = False
     is_joint = rng.uniform() < config.joint_share
-    mask = None if is_joint else block_causal_mask(sizes, tokens_per_latent(clean))
+    mask = None if is_joint else block_causal_mask(sizes)
     return Batch(clean=clean, captions=captions, levels=levels, counts=counts, mask=mask)
-
-
-def tokens_per_latent(latents: Tensor) -> int:
-    """Tokens that the DiT makes of a latent."""
-    _, height, width = TINY_DIT.patch_size
-    return latents.shape[-2] // height * (latents.shape[-1] // width)
 
 
 def latent_errors(

@@ -110,15 +110,15 @@ class Copies:
                     offset += cover.stop - cover.start
         raise AssertionError(f"nobody leaves {piece}")
 
-    def mask(self, tokens: int) -> torch.Tensor:
-        """True where a token may see another; `tokens` per latent."""
+    def mask(self) -> torch.Tensor:
+        """True where a latent may see another."""
         mask = torch.zeros(len(self.places), len(self.places), dtype=torch.bool)
         for number, reads in enumerate(self.seen):
             own = slice(self.starts[number], self.starts[number + 1])
             mask[own, own] = True
             for other, start, stop in reads:
                 mask[own, self.starts[other] + start : self.starts[other] + stop] = True
-        return mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        return mask
 
 
 def rotation_at(places: list[int]) -> Callable[..., Rotation]:
@@ -163,8 +163,7 @@ def roll_without_features(
         told = [c.timestep for i in copies.indices for c in plan.passes[i].covers for _ in range(c.start, c.stop)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dit_module, "rotation", rotation_at(copies.places))
-            mask = copies.mask(HEIGHT * WIDTH // 4)
-            lanes[p.lane] = dit(x, torch.tensor([told]), text(p), fps=FPS, mask=mask)[0]
+            lanes[p.lane] = dit(x, torch.tensor([told]), text(p), fps=FPS, mask=copies.mask())[0]
         offset = 0
         for block, step, start, stop, *_ in p.covers:
             if block in p.updates:

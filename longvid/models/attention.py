@@ -6,12 +6,16 @@ Keys are kept before rotation and rotated when they are read, by their place in 
 an offset from the start of the context, never a count of the whole video, and no video is too long for the table.
 """
 
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class KV(NamedTuple):
@@ -56,7 +60,7 @@ class Exchange:
 
 
 class Rotation(NamedTuple):
-    """Every token's angles: as complex numbers (tokens, 1, d / 2), and for training their parts (tokens, 1, d), twice."""
+    """Every token's angles, complex (tokens, 1, d / 2), and for training their parts, each twice, (tokens, 1, d)."""
 
     turn: Tensor
     cos: Tensor
@@ -102,8 +106,39 @@ def _quarter_turn(x: Tensor) -> Tensor:
     return torch.block_diag(*[pair] * (x.shape[-1] // 2))
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention; all (b, tokens, n, d). A `bias` (queries, keys), added to scores, is for training only.
+def visible_in(mask: Tensor, tokens_per_latent: int, device: torch.device) -> "Tensor | BlockMask":
+    """What `attend` takes for a mask (latents, latents) that is True where a latent may see another.
+
+    On a GPU that is a flex attention's block mask, which skips what is hidden and keeps no score; elsewhere 0 or minus
+    infinity for each pair of tokens, to be added to scores.
+    """
+    mask = mask.to(device)
+    if device.type == "cuda":
+        return block_mask(mask, tokens_per_latent)
+    seen = mask.repeat_interleave(tokens_per_latent, 0).repeat_interleave(tokens_per_latent, 1)
+    return torch.zeros(seen.shape, device=device).masked_fill(~seen, float("-inf"))
+
+
+def block_mask(mask: Tensor, tokens_per_latent: int) -> "BlockMask":
+    """The same for flex attention, on the mask's device."""
+    def may_see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask[query // tokens_per_latent, key // tokens_per_latent]
+
+    queries, keys = (size * tokens_per_latent for size in mask.shape)
+    return _flex("create_block_mask")(may_see, None, None, queries, keys, device=mask.device)
+
+
+@cache
+def _flex(name: str) -> Callable:
+    """One of torch's functions of flex attention, compiled where there is a GPU: else it would keep all scores."""
+    from torch.nn.attention import flex_attention
+
+    function = getattr(flex_attention, name)
+    return torch.compile(function) if torch.cuda.is_available() else function
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, visible: "Tensor | BlockMask | None" = None) -> Tensor:
+    """Softmax attention; all (b, tokens, n, d). `visible`, of `visible_in`, is for training only.
 
     Trained on a CPU it is written out: the gradient of the fused kernel is slow there.
     """
@@ -111,8 +146,10 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = No
     if query.requires_grad and query.device.type == "cpu":
         q, k, v = heads_first
         scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        if bias is not None:
-            scores = scores + bias
+        if visible is not None:
+            scores = scores + visible
         return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
-    bias = None if bias is None else bias.to(query.dtype)
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=bias).transpose(1, 2)
+    if visible is None or isinstance(visible, Tensor):
+        bias = None if visible is None else visible.to(query.dtype)
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=bias).transpose(1, 2)
+    return _flex("flex_attention")(*heads_first, block_mask=visible).transpose(1, 2)

@@ -10,15 +10,19 @@ so geometry travels with them. Modulation stays per latent, (b, f, 6, d), and is
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from longvid.models.attention import KV, Exchange, Rotation, attend, join, rotate, rotation
+from longvid.models.attention import KV, Exchange, Rotation, attend, join, rotate, rotation, visible_in
 from longvid.models.cache import Context, Features
 from longvid.types import Latents, Text, Timesteps
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 TextFeatures = Mapping[int, tuple[Tensor, Tensor]]
 """Cross-attention keys and values of a prompt by layer, each (b, l, n, head dimension): computed once per prompt."""
@@ -229,7 +233,7 @@ class Layer(nn.Module):
         before: KV | None,
         after: KV | None,
         turn: Rotation,
-        bias: Tensor | None,
+        visible: "Tensor | BlockMask | None",
         exchange: Exchange = Exchange(),  # noqa: B008  it has no state
     ) -> tuple[Tensor, KV]:
         """Hidden states (b, f, h, w, d) to hidden states, and this layer's features of them."""
@@ -237,7 +241,7 @@ class Layer(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = table.unbind(2)
 
         normed = torch.addcmul(shift_attn, layer_norm(x, self.eps), 1 + scale_attn).type_as(x)
-        attended, features = self._self_attention(normed, before, after, turn, bias, exchange)
+        attended, features = self._self_attention(normed, before, after, turn, visible, exchange)
         x = torch.addcmul(x.float(), attended.float(), gate_attn).type_as(x)
 
         normed = x if self.norm2 is None else self.norm2(x.to(self.norm2.weight.dtype)).type_as(x)
@@ -253,7 +257,7 @@ class Layer(nn.Module):
         before: KV | None,
         after: KV | None,
         turn: Rotation,
-        bias: Tensor | None,
+        visible: "Tensor | BlockMask | None",
         exchange: Exchange,
     ) -> tuple[Tensor, KV]:
         parts = (self.attn1.query(x), *self.attn1.key_value(x))
@@ -262,7 +266,7 @@ class Layer(nn.Module):
         seen = join([kv for kv in (before, own, after) if kv is not None])
         start = before.keys.shape[1] * query.shape[2] if before is not None else 0
         query = rotate(query.flatten(1, 2), turn, start)
-        out = attend(query, rotate(seen.keys.flatten(1, 2), turn), seen.values.flatten(1, 2), bias)
+        out = attend(query, rotate(seen.keys.flatten(1, 2), turn), seen.values.flatten(1, 2), visible)
         out = exchange.by_tokens(out.unflatten(1, (x.shape[1], -1)))
         return self.attn1.output(out).view_as(x), own
 
@@ -313,9 +317,9 @@ class DiT(nn.Module):
         A part without the first layer takes hidden states (b, f, h, w, d), one without the last gives them.
         `timesteps` are 1000 sigma per latent. `fps` matters only to models with an fps embedding (16, or anything
         else: SkyReels-V2 DF-1.3B). Without `keep` the features are dropped layer by layer and none are given: all of a
-        joint window of a 14B model would be 42 GB. `mask` (tokens, tokens) is for training; inference needs none. With
-        an `exchange` the latents (hidden states) are some rows of all, and so is what comes out; features are of some
-        heads.
+        joint window of a 14B model would be 42 GB. `mask` (latents, latents), True where one may see another, is for
+        training; inference needs none. With an `exchange` the latents (hidden states) are some rows of all, and so is
+        what comes out; features are of some heads.
         """
         if self.is_first:
             x = rearrange(self.patch_embedding(x.to(self.proj_dtype)), "b d f h w -> b f h w d")
@@ -323,11 +327,11 @@ class DiT(nn.Module):
         f, h, w = x.shape[1:4]
         seen = sum(next(iter(part.values())).keys.shape[1] for part in context if part)
         turn = rotation(f + seen, exchange.num_rows(h), w, self.config.attention_head_dim, x.device)
-        bias = None if mask is None else torch.zeros(mask.shape, device=x.device).masked_fill(~mask, float("-inf"))
+        visible = None if mask is None else visible_in(mask, h * w, x.device)
         features = {}
         for i in self.layers:
             before, after = context.before.get(i), context.after.get(i)
-            x, left = self.blocks[str(i)](x, modulation, text[i], before, after, turn, bias, exchange)
+            x, left = self.blocks[str(i)](x, modulation, text[i], before, after, turn, visible, exchange)
             if keep:
                 features[i] = left
         return (self._unembed(x, time) if self.is_last else x), features

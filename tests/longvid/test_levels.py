@@ -113,7 +113,7 @@ def test_levels_are_shifted_and_repeated_over_their_blocks():
 
 @pytest.mark.parametrize("sizes", [(3, 3), (1, 2, 4)])
 def test_mask_lets_a_block_see_itself_and_all_before(sizes):
-    mask = block_causal_mask(sizes, 2)
-    owner = [block for block, size in enumerate(sizes) for _ in range(2 * size)]
+    mask = block_causal_mask(sizes)
+    owner = [block for block, size in enumerate(sizes) for _ in range(size)]
     for query, block in enumerate(owner):
         assert mask[query].tolist() == [other <= block for other in owner]

@@ -120,7 +120,7 @@ def test_the_student_moves_by_the_difference_of_critic_and_teacher(tmp_path):
 def test_a_critic_that_agrees_with_the_teacher_leaves_the_student_where_it_is(tmp_path):
     config, dit = distillation(tmp_path, guidance_scale=1.0), small_dit()
     rollout = roll_out(config, dit, TEXT, np.random.default_rng(0), SEEDS)
-    question = ask(config, rollout, [np.random.default_rng(i) for i in range(2)], 4)
+    question = ask(config, rollout, [np.random.default_rng(i) for i in range(2)])
     student_loss(config, small_dit(1), small_dit(1), rollout, question, TEXT, TEXT).backward()
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in dit.parameters())
     student_loss(config, small_dit(1), small_dit(2), rollout_again(config, dit), question, TEXT, TEXT).backward()
@@ -135,7 +135,7 @@ def rollout_again(config, dit) -> Rollout:
 def test_the_critic_learns_from_what_the_student_made_and_does_not_move_it(tmp_path):
     config, student, critic = distillation(tmp_path), small_dit(), small_dit(1)
     rollout = rollout_again(config, student)
-    question = ask(config, rollout, [np.random.default_rng(i) for i in range(2)], 4)
+    question = ask(config, rollout, [np.random.default_rng(i) for i in range(2)])
     critic_loss(config, critic, rollout, question, TEXT).backward()
     assert all(p.grad is None for p in student.parameters())
     assert all(p.grad is not None for p in critic.parameters())

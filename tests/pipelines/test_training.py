@@ -140,11 +140,6 @@ def training(**shares) -> DiTTraining:
     return DiTTraining(loop=LoopConfig(out=".", num_steps=1, batch_size=3, learning_rate=1e-3), **shares)
 
 
-def seen(mask, tokens):
-    """Which latents each latent may see, (f, f)."""
-    return mask[::tokens, ::tokens]
-
-
 def test_pictures_are_seen_at_every_level_each_by_itself():
     config = training(picture_share=(1.0, 0.0))
     batch = draw_batch(np.random.default_rng(0), config, SETS, 0.0)
@@ -158,7 +153,7 @@ def test_openings_are_a_first_latent_and_the_next_block():
     config = training(picture_share=(1.0, 0.0), opening_share=1.0)
     batch = draw_batch(np.random.default_rng(0), config, SETS, 1.0)
     assert batch.clean.shape[:3] == (12, 8, OPENINGS.num_latents) == (12, 8, 4)
-    assert seen(batch.mask, 4).tolist() == [[True, False, False, False]] + [[True] * 4] * 3
+    assert batch.mask.tolist() == [[True, False, False, False]] + [[True] * 4] * 3
     assert (batch.levels[:, 1:] == batch.levels[:, 1:2]).all()
     assert (batch.levels[:, 0] <= CLEAN).any() and (batch.levels[:, 0] > CLEAN).any()
 

@@ -4,7 +4,8 @@ import diffusers
 import pytest
 import torch
 
-from longvid.models.attention import KV, attend, rotate, rotation
+from longvid.levels import block_causal_mask
+from longvid.models.attention import KV, attend, block_mask, rotate, rotation, visible_in
 from longvid.models.cache import Context
 from longvid.models.dit import SKYREELS, WAN, DiT, DiTConfig, RMSNorm, TanhGELU
 
@@ -79,8 +80,8 @@ def test_context_as_features_is_context_as_latents_in_a_block_causal_mask():
     _, model = pair(SKYREELS)
     latents, text = inputs(frames=5)
     timesteps = torch.tensor([[0.0, 0, 500, 500, 500]])
-    words, tokens = model.text_features(text), 15
-    late = torch.arange(5 * tokens) >= 2 * tokens
+    words = model.text_features(text)
+    late = torch.arange(5) >= 2
     mask = ~(late[None, :] & ~late[:, None])
     expected, _ = model(latents, timesteps, words, mask=mask)
     _, kept = model(latents[:, :, :2], timesteps[:, :2], words)
@@ -114,8 +115,8 @@ def test_attention_in_training_is_that_of_inference():
     torch.manual_seed(0)
     turn = rotation(3, 2, 2, 16, torch.device("cpu"))
     query, keys, values = (torch.randn(2, 12, 3, 16, dtype=torch.float64).float() for _ in range(3))
-    mask = torch.ones(12, 12, dtype=torch.bool).tril()
-    for given in (None, mask):
+    mask = torch.ones(3, 3, dtype=torch.bool).tril()
+    for given in (None, visible_in(mask, 4, query.device)):
         outs, grads = [], []
         for trained in (False, True):
             inputs = [x.clone().requires_grad_(trained) for x in (query, keys, values)]
@@ -132,6 +133,17 @@ def test_attention_in_training_is_that_of_inference():
             sums.append(out.double().square().sum())
         slope = sum((grad * way).sum() for grad, way in zip(grads, ways, strict=True))
         assert abs((sums[0] - sums[1]) / (2 * step) - slope) < 2e-2 * abs(slope)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("sizes", [(1, 3, 2), (70, 30, 40)])
+def test_flex_attention_on_a_gpu_is_the_dense_mask_of_a_cpu(sizes):
+    """Here without its compiled kernel and its gradient, which are for GPUs; blocks of 128 tokens are cut, too."""
+    torch.manual_seed(0)
+    mask, tokens = block_causal_mask(sizes), 3
+    query, keys, values = (torch.randn(2, tokens * sum(sizes), 3, 16) for _ in range(3))
+    dense = attend(query, keys, values, visible_in(mask, tokens, query.device))
+    torch.testing.assert_close(attend(query, keys, values, block_mask(mask, tokens)), dense, rtol=1e-5, atol=1e-6)
 
 
 def test_the_norm_of_inference_is_that_of_training():
