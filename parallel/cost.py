@@ -45,10 +45,11 @@ class ModelShape:
 class Costs:
     """Time of a pass through a layer, `fixed + per_latent n + per_pair n (n + context)` for n latents, and of the rest.
 
-    `first` and `last` are per latent: embedding; unembedding and solver. `decode` is per latent that leaves. A message
-    takes `latency` and its bytes over `bandwidth` (bytes per unit of time), beside which work goes on, and `message` of
-    the process at either end, which does nothing else then. Bands share what grows with the latents, but for `last`,
-    whose solver is the head's, and a layer has two exchanges besides.
+    `first` and `last` are per latent: embedding; unembedding. `turn` is what a pass takes of the head besides:
+    guidance, solver, noise, and the latents taken up for the next. `decode` is per latent that leaves. A message takes
+    `latency` and its bytes over `bandwidth` (bytes per unit of time), beside which work goes on, and `message` of the
+    process at either end, which does nothing else then. Bands share what grows with the latents, but for `last`, and a
+    layer has two exchanges besides.
     """
 
     fixed: float = 0.0
@@ -56,6 +57,7 @@ class Costs:
     per_pair: float = 0.0
     first: float = 0.0
     last: float = 0.0
+    turn: float = 0.0
     decode: float = 0.0
     message: float = 0.0
     latency: float = 0.0
@@ -108,7 +110,7 @@ def best_split(plan: Plan, grid: Grid, costs: Costs, shape: ModelShape) -> list[
     through = sum(p.num_latents for p in plan.passes) / grid.num_lanes
     decoded = plan.num_latents - sum(plan.block_sizes[: plan.num_ready])
     return split_layers([layer] * shape.num_layers, grid.num_stages, first=costs.first * through / k,
-                        last=costs.last * through + costs.decode * decoded)  # fmt: skip
+                        last=costs.last * through + costs.turn * len(plan.passes) + costs.decode * decoded)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ class Timeline:
 
     @property
     def idle(self) -> tuple[float, ...]:
-        """Share of the makespan that each process waits."""
+        """Share of the makespan in which each process neither computes a pass nor decodes, as `pipelines.trace` has it."""
         busy = np.nansum(self.ends - self.starts, axis=1)
         busy[0] += sum(end - start for start, end, _ in self.decodes)
         return tuple(float(1 - x / self.makespan) for x in busy)
@@ -189,7 +191,7 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
         sent[[rank for rank in ranks[lane][-1] if rank]] += latents
         answer = free[lane, -1] + (costs.hop(latents) if lane or k > 1 else 0.0)
         told = (k if is_abroad else k - 1) + (k if lane else k - 1)
-        head = max(free[0, -1], answer) + costs.message * told
+        head = max(free[0, -1], answer) + costs.message * told + costs.turn
         complete[i] = head
         for block in p.emits:
             end = head + costs.decode * plan.block_sizes[block]

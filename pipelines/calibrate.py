@@ -8,20 +8,22 @@ import numpy as np
 import torch
 
 from longvid.checkpoints.diffusers_folder import load_dit, open_folder
-from longvid.flow import guide, solver_step
 from longvid.models.attention import KV
-from longvid.models.cache import Cache, Entry
-from longvid.models.dit import DiT
+from longvid.models.cache import Cache, Context, Entry
+from longvid.models.dit import DiT, TextFeatures
 from longvid.models.vae import VAEConfig
 from longvid.passes import Pass
 from longvid.plan import Plan
-from longvid.sampler import timesteps_of
+from longvid.sampler import Point, Queue, noise_of, sample, timesteps_of
+from longvid.types import Latents, Timesteps
 from parallel.cost import Costs, ModelShape
 from pipelines.configure import Run
 from pipelines.generate import vae_of
 
 REPEATS, SHORT = 5, 0.1
 """Calls of which a time is the median, and seconds within which these are made even where fewer would do."""
+REHEARSED = 200
+"""Passes of the plan, from its beginning, by which it is timed what the head does between them."""
 TEXT_TOKENS = 160
 LEAST_LAYERS, CACHED = 3, 64 * 2**20
 """Layers timed in a row: at least so many, and of small models as many as have weights of that many bytes: a CPU's
@@ -49,8 +51,8 @@ def measured_costs(
     """Costs of the run's model on this machine, with the threads that torch has now; links as given.
 
     Some layers in a row are timed on passes of the plan, their context joined and their features kept as in a run, and
-    the three coefficients fitted to that; the ends are what the end layers take besides, with the solver's step. Times
-    are medians of `repeats` calls.
+    the three coefficients fitted to that; the ends are what the end layers take besides. Times are medians of `repeats`
+    calls. What the head does between passes is timed by carrying out a part of the plan without a model.
     """
     num_layers = open_folder(run.model).transformer["num_layers"]
     few, more = range(1), range(min(max(LEAST_LAYERS, CACHED // shape_of(run).layer_bytes), num_layers))
@@ -63,10 +65,9 @@ def measured_costs(
         first.append(max(0.0, short - layer[-1]) / p.num_latents)
         last.append(max(0.0, end - layer[-1]) / p.num_latents)
     fixed, per_latent, per_pair = _fit([(p.num_latents, p.num_context) for p in shown], layer)
-    step = _step_time(run, plan, repeats) / plan.method.num_lanes
     return Costs(fixed=fixed, per_latent=per_latent, per_pair=per_pair, first=statistics.median(first),
-                 last=statistics.median(last) + step, decode=_decode_time(run, repeats), latency=latency,
-                 bandwidth=bandwidth, message=message)  # fmt: skip
+                 last=statistics.median(last), turn=_turn_time(run, plan), decode=_decode_time(run, plan, repeats),
+                 latency=latency, bandwidth=bandwidth, message=message)  # fmt: skip
 
 
 def _shown(plan: Plan) -> list[Pass]:
@@ -125,16 +126,30 @@ def _forward(part: DiT, run: Run, p: Pass) -> Callable[[], object]:
     return forward
 
 
-def _step_time(run: Run, plan: Plan, repeats: int) -> float:
-    """Seconds for a latent of a guided solver step."""
-    method, levels = plan.method, plan.schedule.levels
-    x, velocity, fresh = (torch.randn(1, *_latent_size(run)[:1], 8, *_latent_size(run)[1:], device=run.device)
-                          for _ in range(3))  # fmt: skip
-    _, state = solver_step(method.solver, x, velocity, None, levels, 0, fresh if len(levels) > 2 else None)
-    if method.num_steps < 3:
-        return 0.0
-    step = lambda: solver_step(method.solver, x, guide(velocity, x, 2.0), state, levels, 1, fresh)  # noqa: E731
-    return _time(run, step, repeats) / x.shape[2]
+def _turn_time(run: Run, plan: Plan) -> float:
+    """Seconds for a pass of all but its model: a part of the plan carried out with a model that takes no time."""
+    device = torch.device(run.device)
+    kept = KV(*(torch.zeros(1, max(p.num_latents for p in plan.passes), 1, 1, 1, device=device) for _ in range(2)))
+
+    def nothing(x: Latents, timesteps: Timesteps, text: TextFeatures, context: Context, **options) -> tuple:
+        return x, {0: kept.narrow(0, x.shape[2])}
+
+    noise, times = noise_of(plan, 0, *_latent_size(run)), [time.perf_counter()]
+    start = Point(done=0, cache=Cache(), queue=Queue(plan, noise, device, _ready(run, plan)))
+    for _ in sample(
+        plan, nothing, lambda p: {}, noise, start=start, observe=lambda p: times.append(time.perf_counter())
+    ):
+        if len(times) > REHEARSED:
+            break
+    spent = np.diff(times)
+    return float(np.mean(spent[len(spent) // 3 :]))
+
+
+def _ready(run: Run, plan: Plan) -> list[Latents]:
+    """Random latents of the blocks that are there from the start."""
+    channels, height, width = _latent_size(run)
+    sizes = plan.block_sizes[: plan.num_ready]
+    return [torch.randn(1, channels, size, height, width, device=run.device) for size in sizes]
 
 
 def _latent_size(run: Run) -> tuple[int, int, int]:
@@ -143,13 +158,14 @@ def _latent_size(run: Run) -> tuple[int, int, int]:
     return folder.transformer["in_channels"], run.height // factor, run.width // factor
 
 
-def _decode_time(run: Run, repeats: int) -> float:
-    """Seconds for a latent of the VAE's stream."""
+def _decode_time(run: Run, plan: Plan, repeats: int) -> float:
+    """Seconds for a latent of the VAE's stream, in a whole block."""
     vae = vae_of(run)
     factor = vae.config.spatial_factor
-    z = torch.zeros(1, vae.config.z_dim, 2, run.height // factor, run.width // factor, device=run.device)
+    size = plan.method.block_size
+    z = torch.randn(1, vae.config.z_dim, size, run.height // factor, run.width // factor, device=run.device)
     _, state = vae.decode(z)
-    return _time(run, lambda: vae.decode(z, state), repeats) / 2
+    return _time(run, lambda: vae.decode(z, state), repeats) / size
 
 
 def _time(run: Run, call: Callable[[], object], repeats: int) -> float:

@@ -121,6 +121,7 @@ def visible_in(mask: Tensor, tokens_per_latent: int, device: torch.device) -> "T
 
 def block_mask(mask: Tensor, tokens_per_latent: int) -> "BlockMask":
     """The same for flex attention, on the mask's device."""
+
     def may_see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask[query // tokens_per_latent, key // tokens_per_latent]
 

@@ -71,7 +71,7 @@ def played(plan, grid, layers, costs, k):  # noqa: C901
                 lane = p.lane if grid.num_lanes > 1 else 0
                 is_abroad = way[0] != 0
                 if kind == "finish":
-                    clock[0] += costs.message * ((k if is_abroad else k - 1) + (k if lane else k - 1))
+                    clock[0] += costs.message * ((k if is_abroad else k - 1) + (k if lane else k - 1)) + costs.turn
                     if p.updates:
                         feed(i)
                     for block in p.emits:
@@ -107,7 +107,7 @@ def test_it_is_what_processes_that_exchange_messages_do(seed):
     plan = make_plan(method, rng.randint(2, 40))
     plain = Grid(num_stages=rng.randint(1, 5), num_lanes=rng.choice([1, method.num_lanes]))
     grid = replace(plain, num_bands=rng.choice([1, 2, 4]))
-    named = ("fixed", "per_latent", "per_pair", "first", "last", "decode", "latency", "message")
+    named = ("fixed", "per_latent", "per_pair", "first", "last", "turn", "decode", "latency", "message")
     costs = Costs(**{name: rng.uniform(0, 2) for name in named}, bandwidth=rng.uniform(300, 30000))
     layers = split_layers([rng.uniform(0.5, 2) for _ in range(7)], grid.num_stages)
     timeline = simulate(plan, grid, layers, costs, SHAPE)
@@ -125,11 +125,11 @@ def test_it_is_what_processes_that_exchange_messages_do(seed):
 @pytest.mark.parametrize("name", METHODS)
 def test_one_process_does_one_thing_after_the_other(name):
     plan = make_plan(METHODS[name](num_steps=3), 20)
-    costs = Costs(fixed=1.0, per_latent=2.0, per_pair=0.1, first=0.5, last=0.25, decode=3.0)
+    costs = Costs(fixed=1.0, per_latent=2.0, per_pair=0.1, first=0.5, last=0.25, turn=0.4, decode=3.0)
     timeline = run(plan, Grid(num_stages=1), costs)
-    passes = sum(SHAPE.num_layers * costs.layer(p) + 0.75 * p.num_latents for p in plan.passes)
+    passes = sum(SHAPE.num_layers * costs.layer(p) + 0.75 * p.num_latents + 0.4 for p in plan.passes)
     assert timeline.makespan == pytest.approx(passes + 3.0 * 20)
-    assert timeline.idle == pytest.approx((0.0,)) and timeline.sent == (0,)
+    assert timeline.idle == pytest.approx((0.4 * len(plan.passes) / timeline.makespan,)) and timeline.sent == (0,)
 
 
 @pytest.mark.parametrize("num_stages", [2, 4, 8])
