@@ -139,7 +139,7 @@ class Timeline:
 
     @property
     def idle(self) -> tuple[float, ...]:
-        """Share of the makespan in which each process neither computes a pass nor decodes, as `pipelines.trace` has it."""
+        """Share of the makespan in which each process neither computes a pass nor decodes, as in `pipelines.trace`."""
         busy = np.nansum(self.ends - self.starts, axis=1)
         busy[0] += sum(end - start for start, end, _ in self.decodes)
         return tuple(float(1 - x / self.makespan) for x in busy)
