@@ -28,8 +28,8 @@ SHARES = "shares"
 def check_spread(part: str, config, num_processes: int) -> None:
     """Raise ValueError for a training (of a VAE, a text encoder or a DiT) that so many processes cannot share."""
     loop, is_one = config.loop, num_processes * config.loop.accumulation == 1
-    if part == "text" and num_processes > 1:
-        raise ValueError(f"nproc={num_processes} is for vae and dit; text trains in one process")
+    if part in ("text", "decoder") and num_processes > 1:
+        raise ValueError(f"nproc={num_processes} is for vae and dit; {part} trains in one process")
     if part == "vae":
         for count in {config.clips(step)[0] for step in (0, loop.num_steps - 1)}:
             check_parts(count, num_processes, loop.accumulation)

@@ -161,7 +161,7 @@ def _add_bench_flags(bench: argparse.ArgumentParser) -> None:
 
 
 def _add_train_flags(train: argparse.ArgumentParser) -> None:
-    train.add_argument("part", choices=["vae", "text", "latents", "dit", "pack", "distill"],
+    train.add_argument("part", choices=["vae", "decoder", "text", "latents", "dit", "pack", "distill"],
                        help="in this order; latents encodes films once, pack writes the model folder, distill makes "
                        "one of few steps from a model folder")  # fmt: skip
     train.add_argument("--out", metavar="DIR", required=True, help="the training folder, the same for all parts")

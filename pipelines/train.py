@@ -1,4 +1,4 @@
-"""Train the embedded model part by part: `vae`, `text`, `latents`, `dit`, then `pack` into a model folder.
+"""Train the embedded model part by part: `vae`, `decoder`, `text`, `latents`, `dit`, then `pack` into a model folder.
 
 Each part keeps its checkpoint and log in a folder of its own under the training folder, and can be resumed.
 """
@@ -23,12 +23,14 @@ from pipelines.film_latents import FILM_SETS, HELD_OUT, LONG, FilmLatents, make_
 from pipelines.methods import make_method
 from pipelines.objective import Objective
 from pipelines.optimise import Engine, LoopConfig, alone
+from pipelines.train_decoder import DecoderTraining, train_decoder
 from pipelines.train_dit import TINY_DIT, DiTTraining, new_dit, train_dit
 from pipelines.train_text import TextTraining, train_text
 from pipelines.train_vae import VAETraining, train_vae
 
 RECIPE = {
     "vae": {"num_steps": 1900, "batch_size": 8, "learning_rate": 5e-3},
+    "decoder": {"num_steps": 1200, "batch_size": 1, "learning_rate": 2e-3},
     "text": {"num_steps": 2000, "batch_size": 64, "learning_rate": 4e-3},
     "dit": {"num_steps": 9000, "batch_size": 8, "learning_rate": 2e-3},
     "distill": {
@@ -101,11 +103,13 @@ class TrainRequest:
         return replace(self, dit={**self.dit, "device": device})
 
     def loop_config(self) -> LoopConfig:
-        """The loop of vae, text or dit. Raises ValueError for numbers that cannot be."""
+        """The loop of vae, decoder, text or dit. Raises ValueError for numbers that cannot be."""
         return LoopConfig(out=self.out / self.part, seed=self.seed, **{**RECIPE[self.part], **self.loop})
 
-    def training(self) -> VAETraining | TextTraining | DiTTraining:
-        """The whole configuration of vae, text or dit."""
+    def training(self) -> VAETraining | DecoderTraining | TextTraining | DiTTraining:
+        """The whole configuration of vae, decoder, text or dit."""
+        if self.part == "decoder":
+            return DecoderTraining(loop=self.loop_config())
         if self.part == "text":
             return TextTraining(loop=self.loop_config())
         if self.part == "vae":
@@ -142,6 +146,8 @@ def train(request: TrainRequest, engine: Engine = alone, *, is_first: bool = Tru
     config = request.training()
     if part == "vae":
         records = train_vae(config, resume=request.resume, engine=engine)
+    elif part == "decoder":
+        records = train_decoder(load_vae(out, as_first_trained=True), config, resume=request.resume)
     elif part == "text":
         records = train_text(config, resume=request.resume)
     else:
@@ -192,9 +198,10 @@ def _save_part(part: str, model: VAE | TextEncoder | DiT, folder: Path) -> None:
         torch.save({"config": model.config.to_dict(), "weights": model.state_dict()}, folder / "model.pt")
 
 
-def load_vae(out: Path) -> VAE:
-    """The trained VAE of a training folder."""
-    saved = _load(out / "vae" / "model.pt", "vae")
+def load_vae(out: Path, *, as_first_trained: bool = False) -> VAE:
+    """The trained VAE of a training folder, with the decoder that was trained on if there is one."""
+    part = "decoder" if (out / "decoder" / "model.pt").exists() and not as_first_trained else "vae"
+    saved = _load(out / part / "model.pt", part)
     vae = VAE(VAEConfig.from_dict(saved["config"]))
     vae.load_state_dict(saved["weights"])
     return vae.eval()

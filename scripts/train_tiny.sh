@@ -10,7 +10,7 @@ out="${1:?give a folder for checkpoints, such as /tmp/tiny}"
 export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=200000000
 compile=""
 if command -v g++ >/dev/null; then compile="--compile"; fi
-for part in vae text latents dit; do
+for part in vae decoder text latents dit; do
     "$bin/longvid" train "$part" --out "$out" --resume $compile
 done
 [ -d "$out/tiny" ] || "$bin/longvid" train pack --out "$out" --model "$out/tiny"

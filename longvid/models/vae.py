@@ -259,8 +259,7 @@ class VAE(nn.Module):
             ValueError: the latents do not have `z_dim` channels, or there are none.
         """
         self._check_channels(latents, "latents", self.config.z_dim)
-        mean, std = self._statistics(latents)
-        z = (latents.float() * std + mean).to(self.decoder.conv_in.weight.dtype)
+        z = self.denormalised(latents).to(self.decoder.conv_in.weight.dtype)
         stream, frames = Stream(state), []
         for latent in rearrange(z, "b c f h w -> b f h w c").split(1, 1):
             frames.append(self._decode(latent, stream).float().clamp_(-1, 1))
@@ -298,15 +297,23 @@ class VAE(nn.Module):
         self._check_video(video, is_start=True)
         return self._encode(video, Stream(keep=False))
 
-    def reconstruct(self, z: Tensor) -> Video:
+    def denormalised(self, latents: Latents) -> Tensor:
+        """Latents as the decoder sees them, of those that the DiT sees."""
+        mean, std = self._statistics(latents)
+        return latents.float() * std + mean
+
+    def reconstruct(self, z: Tensor, state: VAEState | None = None) -> Video:
         """Pixels, not clamped, of all of a clip's latents `(b, z_dim, f, h, w)`, not normalised; for training.
+
+        They go on from the `state` that a call of `decode` has left.
 
         Raises:
             ValueError: the latents do not have `z_dim` channels, or there are none.
         """
         self._check_channels(z, "latents", self.config.z_dim)
         x = rearrange(z, "b c f h w -> b f h w c").to(self.decoder.conv_in.weight.dtype)
-        return self._decode(x, Stream(keep=False)).float()
+        state = state and VAEState(state.past, {})  # no gradient goes through kernels that were prepared before
+        return self._decode(x, Stream(state, keep=False)).float()
 
     def _encode(self, video: Video, stream: Stream) -> tuple[Tensor, Tensor]:
         p = self.config.patch_size or 1
