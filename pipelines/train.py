@@ -135,28 +135,37 @@ def train(request: TrainRequest, engine: Engine = alone, *, is_first: bool = Tru
     """
     part, out = request.part, request.out
     if part == "latents":
-        vae, most = load_vae(out), request.loop.get("num_steps")
-        for films in (*FILM_SETS, HELD_OUT):
-            for count in make_latents(out / "latents", vae, request.seed, films, min(films.num_films, most or 10**9)):
-                yield {"set": films.name, "films": count}
+        yield from _encode_films(request)
         return
     if part == "pack":
         yield pack(out, request.model)
         return
     config = request.training()
-    if part == "vae":
-        records = train_vae(config, resume=request.resume, engine=engine)
-    elif part == "decoder":
-        records = train_decoder(load_vae(out, as_first_trained=True), config, resume=request.resume)
-    elif part == "text":
-        records = train_text(config, resume=request.resume)
-    else:
-        records = _train_dit(request, config, engine)
-    for record in records:
+    for record in _train_part(request, config, engine):
         if part not in record:
             yield record
         elif is_first:
             _save_part(part, record[part], config.loop.out)
+
+
+def _encode_films(request: TrainRequest) -> Iterator[dict]:
+    vae, most = load_vae(request.out), request.loop.get("num_steps")
+    for films in (*FILM_SETS, HELD_OUT):
+        num_films = min(films.num_films, most or 10**9)
+        for count in make_latents(request.out / "latents", vae, request.seed, films, num_films):
+            yield {"set": films.name, "films": count}
+
+
+def _train_part(request: TrainRequest, config, engine: Engine) -> Iterator[dict]:
+    match request.part:
+        case "vae":
+            return train_vae(config, resume=request.resume, engine=engine)
+        case "decoder":
+            return train_decoder(load_vae(request.out, as_first_trained=True), config, resume=request.resume)
+        case "text":
+            return train_text(config, resume=request.resume)
+        case _:
+            return _train_dit(request, config, engine)
 
 
 def _train_dit(request: TrainRequest, config: DiTTraining, engine: Engine) -> Iterator[dict]:

@@ -29,6 +29,7 @@ from pipelines.film_latents import make_latents as make
 from pipelines.objective import Objective, combined_loss
 from pipelines.optimise import LoopConfig
 from pipelines.optimizers import Part
+from pipelines.train_decoder import DecoderTraining, train_decoder
 from pipelines.train_dit import CLEAN, COPIES, TINY_DIT, DiTTraining, draw_batch, latent_errors, long_batch
 from pipelines.train_text import caption_batch
 from pipelines.train_vae import TINY_VAE, VAETraining, film_crops, vae_loss
@@ -58,6 +59,21 @@ def test_vae_loss_has_gradients_everywhere_and_statistics_normalise(tmp_path):
     measured = train_vae.with_statistics(vae, np.random.default_rng(0), num_films=3)
     z = torch.cat([measured.encode(film_crops(np.random.default_rng(i), 1, 9, 128))[0] for i in range(3)])
     assert z.detach().std() == pytest.approx(1, abs=0.4)
+
+
+def test_a_decoder_trained_on_goes_on_in_midstream_and_its_encoder_stays(tmp_path):
+    vae, before = small_vae(), small_vae()
+    z = torch.randn(1, 8, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    _, state = vae.decode(z[:, :, :1])
+    torch.testing.assert_close(vae.reconstruct(vae.denormalised(z[:, :, 1:]), state).detach(),
+                               vae.reconstruct(vae.denormalised(z)).detach()[:, :, 1:])  # fmt: skip
+    config = DecoderTraining(loop=loop(tmp_path, batch_size=1), num_latents=2, pasts=(1,))
+    *records, last = train_decoder(vae, config)
+    assert records and all(np.isfinite(record["loss"]) for record in records)
+    weights = last["decoder"].state_dict()
+    for name, value in before.state_dict().items():
+        is_decoders = name.startswith(("decoder.", "post_quant_conv."))
+        assert torch.equal(value, weights[name]) != is_decoders, name
 
 
 def test_films_are_stored_once_and_sampled_as_sink_and_run(tmp_path, monkeypatch):
