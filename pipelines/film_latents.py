@@ -43,7 +43,7 @@ class FilmSet:
 
 PICTURES = FilmSet(name="pictures", first=100_000, num_films=30_000, num_latents=1)
 OPENINGS = FilmSet(name="openings", first=200_000, num_films=5_000, num_latents=SINK + BLOCK)
-LONG = FilmSet(name="long", first=0, num_films=2_700, num_latents=SINK + RUN)
+LONG = FilmSet(name="long", first=0, num_films=6_000, num_latents=SINK + RUN)
 FILM_SETS = (PICTURES, OPENINGS, LONG)
 HELD_OUT = FilmSet(name="held-out", first=300_000, num_films=64, num_latents=SINK + RUN)
 """Long films that validation sees and training does not."""

@@ -32,7 +32,7 @@ RECIPE = {
     "vae": {"num_steps": 1900, "batch_size": 8, "learning_rate": 5e-3},
     "decoder": {"num_steps": 1200, "batch_size": 1, "learning_rate": 2e-3},
     "text": {"num_steps": 2000, "batch_size": 64, "learning_rate": 4e-3},
-    "dit": {"num_steps": 9000, "batch_size": 8, "learning_rate": 2e-3},
+    "dit": {"num_steps": 20000, "batch_size": 8, "learning_rate": 2e-3},
     "distill": {
         "num_steps": 1000,
         "batch_size": 4,
@@ -47,8 +47,8 @@ TINY_DEFAULTS = {
     "name": "tiny", "method": "rolling", "height": 128, "width": 128, "fps": 16, "num_frames": 961,
     "prompt": "a red ball bounces on a navy background", "changes": {"lag": 4},
 }  # fmt: skip
-"""What `longvid.json` of the embedded model says; at lag 4 the first frames come soonest of lags 1, 2 and 4,
-and what should turn, pulse or circle does so in more of the seconds (its card)."""
+"""What `longvid.json` of the embedded model says; at lag 4 the first frames come sooner than at 1 or 2, and what should
+turn or circle does so in more of the seconds (its card)."""
 
 SAMPLE_PROMPTS = ("a red ball bounces on a navy background", "a yellow star spins on black", "a cyan ring drifts right")
 """What is shown of a DiT while it trains."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train the embedded models anew, part by part: scripts/train_tiny.sh DIR. The model folders are DIR/tiny and, distilled
-# to few steps, DIR/tiny-fast/model. Two cores need about five hours; each part is resumed by running this again.
+# to few steps, DIR/tiny-fast/model. Two cores need about ten hours; each part is resumed by running this again.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install "" run
