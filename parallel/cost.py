@@ -45,11 +45,11 @@ class ModelShape:
 class Costs:
     """Time of a pass through a layer, `fixed + per_latent n + per_pair n (n + context)` for n latents, and of the rest.
 
-    `first` and `last` are per latent: embedding; unembedding. `turn` is what a pass takes of the head besides:
-    guidance, solver, noise, and the latents taken up for the next. `decode` is per latent that leaves. A message takes
-    `latency` and its bytes over `bandwidth` (bytes per unit of time), beside which work goes on, and `message` of the
-    process at either end, which does nothing else then. Bands share what grows with the latents, but for `last`, and a
-    layer has two exchanges besides.
+    `first` and `last` are per latent: embedding; unembedding, in a roofline with the solver. `turn` is what a pass
+    takes of the head besides: guidance, solver, noise, and the latents taken up for the next. `decode` is per latent
+    that leaves. A message takes `latency` and its bytes over `bandwidth` (bytes per unit of time), beside which work
+    goes on, and `message` of the process at either end, which does nothing else then. Bands share what grows with the
+    latents, but for `last`, and a layer has two exchanges besides.
     """
 
     fixed: float = 0.0

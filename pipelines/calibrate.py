@@ -127,7 +127,10 @@ def _forward(part: DiT, run: Run, p: Pass) -> Callable[[], object]:
 
 
 def _turn_time(run: Run, plan: Plan) -> float:
-    """Seconds for a pass of all but its model: a part of the plan carried out with a model that takes no time."""
+    """Seconds for a pass of all but its model: a part of the plan carried out with a model that takes no time.
+
+    On a GPU it is the time of launching it.
+    """
     device = torch.device(run.device)
     kept = KV(*(torch.zeros(1, max(p.num_latents for p in plan.passes), 1, 1, 1, device=device) for _ in range(2)))
 

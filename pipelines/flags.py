@@ -162,8 +162,8 @@ def _add_bench_flags(bench: argparse.ArgumentParser) -> None:
 
 def _add_train_flags(train: argparse.ArgumentParser) -> None:
     train.add_argument("part", choices=["vae", "decoder", "text", "latents", "dit", "pack", "distill"],
-                       help="in this order; latents encodes films once, pack writes the model folder, distill makes "
-                       "one of few steps from a model folder")  # fmt: skip
+                       help="in this order; decoder goes on with that of the VAE alone, latents encodes films once, "
+                       "pack writes the model folder, distill makes one of few steps from a model folder")  # fmt: skip
     train.add_argument("--out", metavar="DIR", required=True, help="the training folder, the same for all parts")
     train.add_argument("--steps", type=int, metavar="N", help="training steps (latents: films of each set, at most)")
     train.add_argument("--batch-size", type=int, metavar="N", help="clips of a step, of all processes together")

@@ -30,7 +30,7 @@ from pipelines.train_vae import VAETraining, train_vae
 
 RECIPE = {
     "vae": {"num_steps": 1900, "batch_size": 8, "learning_rate": 5e-3},
-    "decoder": {"num_steps": 1200, "batch_size": 1, "learning_rate": 2e-3},
+    "decoder": {"num_steps": 1100, "batch_size": 1, "learning_rate": 6e-4, "adamw_learning_rate": 6e-4},
     "text": {"num_steps": 2000, "batch_size": 64, "learning_rate": 4e-3},
     "dit": {"num_steps": 20000, "batch_size": 8, "learning_rate": 2e-3},
     "distill": {

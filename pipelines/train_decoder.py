@@ -15,7 +15,6 @@ from torch import Tensor
 from longvid.models.vae import VAE
 from longvid.types import Video
 from pipelines.optimise import LoopConfig, optimise
-from pipelines.optimizers import Part
 from pipelines.train_vae import film_crops
 
 SIDE = 128
@@ -60,7 +59,7 @@ def train_decoder(vae: VAE, config: DecoderTraining, *, resume: bool = False) ->
     for part in (vae.post_quant_conv, vae.decoder):
         part.requires_grad_(True)
 
-    def loss_at(step: int, part: Part | None = None) -> dict[str, Tensor]:
+    def loss_at(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((config.loop.seed, step))
         past = int(rng.choice(config.pasts))
         video = film_crops(rng, config.loop.batch_size, 4 * (past + config.num_latents - 1) + 1, SIDE)

@@ -132,31 +132,37 @@ def dit(folder: Path) -> None:
 
 
 def oracle(folder: Path) -> None:
-    """How often the oracle is right about films of known worlds, as drawn and after the embedded VAE."""
+    """How often the oracle is right about films of known worlds, as drawn and after the embedded VAE, and its seams."""
     import numpy as np
     import torch
 
     from longvid.adherence import judge, scene_of, shares
     from longvid.checkpoints.diffusers_folder import load_vae, open_folder
     from longvid.oracle import read_film
+    from longvid.quality import measure, seam_ratio
     from longvid.worlds import draw, sample_world
     from pipelines.configure import BASE
     from pipelines.generate import decode, encode_frames
 
     network = load_vae(open_folder(BASE), torch.float32).eval()
-    true, decoded, errors = [], [], []
+    true, decoded, errors, seams = [], [], [], {4: [], 12: []}
     for index in range(NUM_FILMS):
         rng = np.random.default_rng((77, index))
         world = sample_world(rng)
         film = draw(world, 65, start=int(rng.integers(0, 3000)))
         seen, _ = decode(network, encode_frames(network, film), None)
         errors.append(np.square(film.astype(float) - seen).mean())
+        for size, found in seams.items():
+            found.append([seam_ratio(measure([frames]).change, range(1, 65, size)) for frames in (film, seen)])
         for rows, frames in ((true, film), (decoded, seen)):
             rows.extend(judge(scene_of(world), reading) for reading in read_film(frames, 16))
     psnr = statistics.mean(10 * np.log10(255**2 / error) for error in errors)
     for name, rows in (("as drawn", true), (f"after the VAE ({psnr:.1f} dB)", decoded)):
         right = ", ".join(f"{aspect} {100 * share:.1f} %" for aspect, share in shares(rows).items())
         print(f"oracle, {NUM_FILMS} films of 4 s {name}: {right}")
+    for size, found in seams.items():
+        drawn, coded = np.mean(found, 0)
+        print(f"seam ratio of the same every {size} frames: {drawn:.2f} as drawn, {coded:.2f} after the VAE")
 
 
 FIGURES = {"minute": minute, "memory": memory, "processes": processes, "vae": vae, "dit": dit, "oracle": oracle}

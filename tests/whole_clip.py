@@ -126,10 +126,10 @@ def rotation_at(places: list[int]) -> Callable[..., Rotation]:
     first = min(places)
     index = torch.tensor(places) - first
 
-    def turned(num_latents: int, height: int, width: int, head_dim: int, device: torch.device) -> Rotation:
+    def turned(num_latents: int, height: int, width: int, *options) -> Rotation:
         assert num_latents == len(places)
-        table = rotation(max(places) - first + 1, height, width, head_dim, device)
-        return Rotation(*(t.unflatten(0, (-1, height * width))[index].flatten(0, 1) for t in table))
+        table = rotation(max(places) - first + 1, height, width, *options)
+        return Rotation(table.turn.unflatten(0, (-1, height * width))[index].flatten(0, 1))
 
     return turned
 

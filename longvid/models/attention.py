@@ -60,15 +60,22 @@ class Exchange:
 
 
 class Rotation(NamedTuple):
-    """Every token's angles, complex (tokens, 1, d / 2), and for training their parts, each twice, (tokens, 1, d)."""
+    """Every token's angles, complex (tokens, 1, d / 2), float32.
+
+    For training also their parts, each twice, (tokens, 1, d), and the matrix (d, d) by which each pair (a, b) of
+    neighbouring features becomes (-b, a).
+    """
 
     turn: Tensor
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    quarter: Tensor | None = None
 
 
 @lru_cache(maxsize=64)
-def rotation(num_latents: int, height: int, width: int, head_dim: int, device: torch.device) -> Rotation:
+def rotation(
+    num_latents: int, height: int, width: int, head_dim: int, device: torch.device, for_training: bool = False
+) -> Rotation:
     """Angles of `num_latents * height * width` tokens at time positions 0, 1, ...
 
     Of a head's `d` dimensions height and width get `2 * (d // 6)` each and time the rest (44/42/42 of 128), with
@@ -84,7 +91,11 @@ def rotation(num_latents: int, height: int, width: int, head_dim: int, device: t
         angles.append(angle.view(shape).expand(num_latents, height, width, -1))
     angle = torch.cat(angles, -1).flatten(0, 2)[:, None]
     cos, sin = angle.cos().float(), angle.sin().float()
-    return Rotation(torch.complex(cos, sin), cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1))
+    turn = torch.complex(cos, sin)
+    if not for_training:
+        return Rotation(turn)
+    quarter = torch.kron(torch.eye(head_dim // 2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])).to(device)
+    return Rotation(turn, cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1), quarter)
 
 
 def rotate(x: Tensor, turn: Rotation, start: int = 0) -> Tensor:
@@ -95,15 +106,10 @@ def rotate(x: Tensor, turn: Rotation, start: int = 0) -> Tensor:
     """
     stop = start + x.shape[1]
     if x.requires_grad:
-        return (x.float() * turn.cos[start:stop] + (x @ _quarter_turn(x)).float() * turn.sin[start:stop]).type_as(x)
+        turned = (x @ turn.quarter.type_as(x)).float()
+        return (x.float() * turn.cos[start:stop] + turned * turn.sin[start:stop]).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn.turn[start:stop]).flatten(-2).type_as(x)
-
-
-def _quarter_turn(x: Tensor) -> Tensor:
-    """The matrix (d, d) that takes each pair (a, b) of neighbouring features to (-b, a)."""
-    pair = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=x.dtype, device=x.device)
-    return torch.block_diag(*[pair] * (x.shape[-1] // 2))
 
 
 def visible_in(mask: Tensor, tokens_per_latent: int, device: torch.device) -> "Tensor | BlockMask":

@@ -326,7 +326,8 @@ class DiT(nn.Module):
         time, modulation = self._modulation(timesteps, fps, x.dtype)
         f, h, w = x.shape[1:4]
         seen = sum(next(iter(part.values())).keys.shape[1] for part in context if part)
-        turn = rotation(f + seen, exchange.num_rows(h), w, self.config.attention_head_dim, x.device)
+        turn = rotation(f + seen, exchange.num_rows(h), w, self.config.attention_head_dim, x.device,
+                        torch.is_grad_enabled())  # fmt: skip
         visible = None if mask is None else visible_in(mask, h * w, x.device)
         features = {}
         for i in self.layers:

@@ -113,7 +113,7 @@ def test_a_config_that_is_not_honoured_is_refused(change, said):
 def test_attention_in_training_is_that_of_inference():
     """Both ways to turn and to attend, and their gradients, with and without a mask."""
     torch.manual_seed(0)
-    turn = rotation(3, 2, 2, 16, torch.device("cpu"))
+    turn = rotation(3, 2, 2, 16, torch.device("cpu"), True)
     query, keys, values = (torch.randn(2, 12, 3, 16, dtype=torch.float64).float() for _ in range(3))
     mask = torch.ones(3, 3, dtype=torch.bool).tril()
     for given in (None, visible_in(mask, 4, query.device)):
