@@ -231,15 +231,16 @@ def student_loss(
 
 def distill(
     config: Distillation, teacher: DiT, text: Callable[..., Text],
-    prompts: Callable[[np.random.Generator, int], Sequence[str]], *, resume: bool = False, engine: Engine = alone,
-    options: Mapping[str, str | int] = MappingProxyType({}),
+    prompts: Callable[[np.random.Generator, int], Sequence[str]], *, student: DiT | None = None,
+    resume: bool = False, engine: Engine = alone, options: Mapping[str, str | int] = MappingProxyType({}),
 ) -> Iterator[dict]:  # fmt: skip
-    """Train a student and its critic, both copies of the teacher at first, yielding log records.
+    """Train a student and its critic, both at first copies of `student`, or of the teacher, yielding log records.
 
     The last one holds the student as `distill`. `text` gives states of prompts, `prompts` draws some.
     """
     teacher = teacher.to(config.device).requires_grad_(False)
-    both = nn.ModuleDict({"student": deepcopy(teacher), "critic": deepcopy(teacher)}).requires_grad_(True)
+    start = teacher if student is None else student
+    both = nn.ModuleDict({"student": deepcopy(start), "critic": deepcopy(start)}).requires_grad_(True)
     if config.compile:
         for layer in (*teacher.blocks.values(), *both["critic"].blocks.values()):
             layer.compile(dynamic=False)

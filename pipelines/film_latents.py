@@ -113,7 +113,7 @@ def make_shard(path: Path, vae: VAE, seed: int, indices: range, num_latents: int
     latents = encode_films(vae, [film_at(seed, i) for i in indices], num_latents).bfloat16()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
-    save_file({"latents": latents, "indices": torch.tensor(list(indices))}, aside)
+    save_file({"latents": latents, "indices": torch.tensor(list(indices)), "seed": torch.tensor(seed)}, aside)
     aside.rename(path)
 
 
@@ -127,17 +127,22 @@ def make_latents(folder: Path, vae: VAE, seed: int, films: FilmSet, num_films: i
         yield min(start + shard, num_films)
 
 
+def holds_films(folder: Path) -> bool:
+    """Whether that folder has films that `make_latents` encoded."""
+    return (folder / LONG.name).is_dir() and any((folder / LONG.name).glob("*.safetensors"))
+
+
 class FilmLatents:
     """All films of a set in memory."""
 
-    def __init__(self, folder: Path, seed: int, films: FilmSet):
+    def __init__(self, folder: Path, films: FilmSet):
         shards = [load_file(path) for path in sorted((folder / films.name).glob("*.safetensors"))]
         if not shards:
             raise ValueError(
                 f"{folder / films.name} holds no latents; make them with: longvid train latents --out {folder.parent}"
             )
         self.latents = torch.cat([shard["latents"] for shard in shards])
-        self.films = [film_at(seed, int(i)) for shard in shards for i in shard["indices"]]
+        self.films = [film_at(int(shard["seed"]), int(i)) for shard in shards for i in shard["indices"]]
 
     def beginnings(self, num_latents: int) -> "FilmLatents":
         """The first latents of those films that have no gap after the first."""

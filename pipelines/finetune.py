@@ -1,6 +1,9 @@
-"""Fine-tune a model folder's DiT, or a LoRA of it, on a folder of videos: `longvid train dit --data DIR`."""
+"""Train a model folder's DiT on, or a LoRA of it: `longvid train dit --data DIR`.
 
-from collections.abc import Iterator
+The data are a folder of videos, or procedural films that `longvid train latents` has encoded.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +16,15 @@ from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.models.lora import FILE, add_lora, save_lora
 from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE, VAEConfig
+from longvid.types import Text
 from longvid.video_folder import CaptionedVideo, read_captions
-from pipelines.checks import samples, validation
+from pipelines.checks import held_out, samples, validation
 from pipelines.configure import BASE, check_size, model_defaults, resolve_model
 from pipelines.engine_many import check_spread
-from pipelines.film_latents import LONG
+from pipelines.film_latents import FILM_SETS, HELD_OUT, LONG, FilmLatents, holds_films
 from pipelines.methods import make_method
 from pipelines.optimise import Engine, LoopConfig, alone
-from pipelines.train import TrainRequest, check_new, dit_options
+from pipelines.train import SAMPLE_PROMPTS, TrainRequest, check_new, dit_options
 from pipelines.train_dit import DiTTraining, train_dit
 from pipelines.video_latents import ClipConfig, encode_videos, open_clips
 
@@ -33,13 +37,17 @@ NUM_SAMPLES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuning:
-    """A request, complete and checked: model, videos, how they are cut, and the training."""
+    """A request, complete and checked: model, data, and the training.
+
+    The data are videos and how clips are cut out of them, or `films`, a folder of encoded ones.
+    """
 
     request: TrainRequest
     opened: Folder
-    videos: tuple[CaptionedVideo, ...]
-    clips: ClipConfig
     training: DiTTraining
+    videos: tuple[CaptionedVideo, ...] = ()
+    clips: ClipConfig | None = None
+    films: Path | None = None
 
     @property
     def unit(self) -> int:
@@ -52,18 +60,31 @@ def configure_finetuning(request: TrainRequest, num_processes: int) -> Finetunin
     """Raises ValueError for a request that cannot be met; nothing is written."""
     opened = open_folder(resolve_model(request.model or BASE))
     defaults, given = model_defaults(opened), dict(request.data)
-    videos = tuple(read_captions(Path(given.pop("folder"))))
-    size = {name: given.pop(name, defaults[name]) for name in ("height", "width", "fps")}
-    check_size(opened, size["height"], size["width"])
-    clips = ClipConfig(**size, **given, seed=request.seed)
+    folder = Path(given.pop("folder"))
+    data = _films(folder, given) if holds_films(folder) else _videos(folder, given, opened, defaults, request.seed)
     loop = LoopConfig(out=request.out / "dit", seed=request.seed, **{**DEFAULTS, **request.loop})
-    training = DiTTraining(loop=loop, fps=clips.fps, picture_share=(0.2, 0.2), **request.dit,
-                           **dit_options(request.options))  # fmt: skip
+    fps = data["clips"].fps if "clips" in data else defaults["fps"]
+    training = DiTTraining(loop=loop, **{"fps": fps, "picture_share": (0.2, 0.2), **request.dit,
+                                         **dit_options(request.options)})  # fmt: skip
     check_new(loop.out, request.resume)
     check_spread("dit", training, num_processes)
     if result_of(request).exists():
         raise ValueError(f"{result_of(request)} is there already; give another --out, or move it away")
-    return Finetuning(request=request, opened=opened, videos=videos, clips=clips, training=training)
+    return Finetuning(request=request, opened=opened, training=training, **data)
+
+
+def _films(folder: Path, given: dict) -> dict:
+    if given:
+        raise ValueError(f"{next(iter(given))} is about clips of videos, and {folder} holds films that are encoded; "
+                         "leave it out")  # fmt: skip
+    return {"films": folder}
+
+
+def _videos(folder: Path, given: dict, opened: Folder, defaults: dict, seed: int) -> dict:
+    videos = tuple(read_captions(folder))
+    size = {name: given.pop(name, defaults[name]) for name in ("height", "width", "fps")}
+    check_size(opened, size["height"], size["width"])
+    return {"videos": videos, "clips": ClipConfig(**size, **given, seed=seed)}
 
 
 def result_of(request: TrainRequest) -> Path:
@@ -77,39 +98,68 @@ def finetune(job: Finetuning, engine: Engine = alone, *, is_first: bool = True) 
     Raises ValueError if too many of the videos cannot be used.
     """
     request, config, opened = job.request, job.training, job.opened
-    is_one = not dist.is_initialized()
-    rank, num = (0, 1) if is_one else (dist.get_rank(), dist.get_world_size())
-    model, cache = fingerprint(opened.path), request.out / "cache"
-
-    def networks() -> tuple[VAE, TextEncoder]:
-        vae = load_vae(opened, torch.float32, config.device).eval()
-        return vae, TextEncoder.load(opened.path, torch.float32, config.device)
-
-    yield from encode_videos(cache, job.videos, job.clips, model, job.unit, networks, rank=rank, num_processes=num)
-    if not is_one:
-        dist.barrier()
-    videos, text = open_clips(cache, job.videos, job.clips, model)
-    shown, hidden = videos, None
-    if request.validate_every:
-        shown, hidden = videos.split(np.random.default_rng(request.seed), HELD_OUT_SHARE)
-    sets = shown.sets()
+    material = _encoded_films(job) if job.films else (yield from _encoded_videos(job))
     dit = load_dit(opened, torch.float32, config.device).train()
     if request.lora:
         add_lora(dit, request.lora, seed=request.seed)
     checks = []
-    if hidden:
-        checks.append(validation(dit, config, hidden.sets(), text, request.validate_every))
+    if material.held_out:
+        checks.append(validation(dit, config, material.held_out, material.text, request.validate_every))
     if request.sample_every:
         method = make_method(model_defaults(opened)["method"])
-        prompts = list(dict.fromkeys(video.caption for video in job.videos if video.caption in text.files))
-        checks.append(samples(dit, networks()[0], text, method, config, sets[LONG.name], prompts[:NUM_SAMPLES],
-                              request.sample_every))  # fmt: skip
-    options = {"model": model, "lora": request.lora}
-    for record in train_dit(config, sets, text, resume=request.resume, dit=dit, engine=engine, checks=checks,
-                            options=options):  # fmt: skip
+        checks.append(samples(dit, _networks(job)[0], material.text, method, config, material.sets[LONG.name],
+                              material.prompts, request.sample_every))  # fmt: skip
+    options = {"model": fingerprint(opened.path), "lora": request.lora}
+    for record in train_dit(config, material.sets, material.text, resume=request.resume, dit=dit, engine=engine,
+                            checks=checks, options=options):  # fmt: skip
         if "dit" not in record:
             yield record
         elif is_first:
             result = result_of(request)
             save_lora(result, dit) if request.lora else copy_folder(opened, result, dit)
             yield {"written": str(result)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Material:
+    """Sets of latents by name, the same that training does not see, states of captions, and what to show samples of."""
+
+    sets: Mapping[str, FilmLatents]
+    held_out: Mapping[str, FilmLatents] | None
+    text: Callable[..., Text]
+    prompts: Sequence[str]
+
+
+def _networks(job: Finetuning) -> tuple[VAE, TextEncoder]:
+    device = job.training.device
+    vae = load_vae(job.opened, torch.float32, device).eval()
+    return vae, TextEncoder.load(job.opened.path, torch.float32, device)
+
+
+def _encoded_films(job: Finetuning) -> _Material:
+    sets = {films.name: FilmLatents(job.films, films) for films in FILM_SETS}
+    channels, known = sets[LONG.name].latents.shape[1], job.opened.transformer["in_channels"]
+    if channels != known:
+        raise ValueError(f"{job.films} holds latents of {channels} channels, and {job.opened.path} takes {known}; "
+                         f"encode films with its VAE: longvid train latents --model {job.opened.path}")  # fmt: skip
+    hidden = held_out(FilmLatents(job.films, HELD_OUT)) if job.request.validate_every else None
+    text = TextEncoder.load(job.opened.path, torch.float32, job.training.device)
+    return _Material(sets=sets, held_out=hidden, text=text, prompts=SAMPLE_PROMPTS)
+
+
+def _encoded_videos(job: Finetuning) -> Generator[dict, None, _Material]:
+    """Encodes what is not encoded yet, each process its share, yielding a record for each video that is left out."""
+    is_one = not dist.is_initialized()
+    rank, num = (0, 1) if is_one else (dist.get_rank(), dist.get_world_size())
+    model, cache = fingerprint(job.opened.path), job.request.out / "cache"
+    yield from encode_videos(cache, job.videos, job.clips, model, job.unit, lambda: _networks(job), rank=rank,
+                             num_processes=num)  # fmt: skip
+    if not is_one:
+        dist.barrier()
+    shown, text = open_clips(cache, job.videos, job.clips, model)
+    hidden = None
+    if job.request.validate_every:
+        shown, hidden = shown.split(np.random.default_rng(job.request.seed), HELD_OUT_SHARE)
+    captions = dict.fromkeys(video.caption for video in job.videos if video.caption in text.files)
+    return _Material(sets=shown.sets(), held_out=hidden.sets() if hidden else None, text=text,
+                     prompts=list(captions)[:NUM_SAMPLES])  # fmt: skip

@@ -171,7 +171,7 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
     train.add_argument("--seed", type=int, default=0, metavar="N")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     train.add_argument("--model", metavar="DIR", help="pack: the model folder to write; dit with --data, distill: the "
-                       "folder or hub id to start from (default: tiny)")  # fmt: skip
+                       "folder or hub id to start from (default: tiny); latents: whose VAE encodes films")  # fmt: skip
     train.add_argument("--threads", type=int, metavar="N")
     _add_step_flags(train.add_argument_group("steps"))
     spread = train.add_argument_group("processes (torchrun starts them, too)")
@@ -190,13 +190,18 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
     distil.add_argument("--method", metavar="M", help="how the student will be used (default: rolling-fast)")
     distil.add_argument("--prompts-file", metavar="F", help="what to make videos of, a prompt a line (default, for a "
                         "model of procedural films: captions of such)")  # fmt: skip
-    distil.add_argument("--teacher-guidance", type=float, metavar="G", help="(default: 3)")
+    distil.add_argument("--teacher-guidance", type=float, metavar="G", help="distill: what guidance the teacher has "
+                        "(default: 3); dit with --data: learn to say in one forward what the model says with that "
+                        "guidance (default: learn from the data)")  # fmt: skip
+    distil.add_argument("--student", metavar="M", help="what the student begins as, such as a model that has learned "
+                        "guidance (default: the teacher)")  # fmt: skip
     distil.add_argument("--student-speed", type=float, metavar="S", help="of the learning rate, which is the critic's "
                         "(default: 0.2)")  # fmt: skip
     distil.add_argument("--critic-draws", type=int, metavar="K", help="levels at which the critic sees each video "
                         "(default: 2)")  # fmt: skip
-    videos = train.add_argument_group("dit: fine-tuning on videos")
-    videos.add_argument("--data", metavar="DIR", help="a folder of videos with captions.jsonl")
+    videos = train.add_argument_group("dit: training a model on, on videos")
+    videos.add_argument("--data", metavar="DIR", help="a folder of videos with captions.jsonl, or the latents of "
+                        "films, DIR/latents of the training folder")  # fmt: skip
     videos.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank, not the model")
     videos.add_argument("--height", type=int, metavar="N", help="pixels; videos are scaled and cut to it, turned, or a "
                         "square of that area (default: the model's)")  # fmt: skip
@@ -251,6 +256,10 @@ def _add_step_flags(steps) -> None:
 def _add_objective_flags(dit) -> None:
     dit.add_argument("--levels", choices=["sync", "iid", "fopp", "anchored-fopp", "staircase"],
                      help="how a clip's blocks get levels (default: staircase, 3 in 10 batches iid)")  # fmt: skip
+    dit.add_argument("--picture-share", type=float, metavar="P", help="share of the batches that are first frames "
+                     "alone (default: falls from 1 to 0.2; with --data 0.2)")  # fmt: skip
+    dit.add_argument("--opening-share", type=float, metavar="P", help="of the others, share of those that are a "
+                     "first block and the next (default: 0.5)")  # fmt: skip
     dit.add_argument("--loss-weighting", choices=["none", "min-snr"], help="(default: none)")
     dit.add_argument("--multitask", choices=["none", "uw", "pcgrad", "nash"],
                      help="intervals of levels as tasks, and how they are combined (default: none)")  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from longvid.captions import caption
 from longvid.checkpoints.diffusers_folder import Folder, copy_folder, load_dit, open_folder
 from longvid.checkpoints.safetensor_files import fingerprint
+from longvid.models.dit import DiTConfig
 from longvid.models.text import TextEncoder
 from longvid.models.vae import VAEConfig
 from longvid.plan import num_latents_of
@@ -30,10 +31,14 @@ apart."""
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A request, complete and checked: the teacher's folder, what is asked of it, and the training."""
+    """A request, complete and checked: the teacher's folder, what is asked of it, and the training.
+
+    `start` is the folder that the student begins as, if not as the teacher.
+    """
 
     request: TrainRequest
     opened: Folder
+    start: Folder | None
     prompts: tuple[str, ...]
     training: Distillation
 
@@ -46,6 +51,10 @@ def configure_student(request: TrainRequest, num_processes: int) -> Student:
     if not file and not opened.longvid:
         raise ValueError("this model knows more than procedural films, so it must be told what to make; add "
                          "--prompts-file F, a prompt a line")  # fmt: skip
+    start = open_folder(resolve_model(given.pop("student"))) if "student" in given else None
+    if start and DiTConfig.from_dict(start.transformer) != DiTConfig.from_dict(opened.transformer):
+        raise ValueError(f"{start.path} has a transformer of another shape than {opened.path}, and a student has its "
+                         "teacher's; leave --student out")  # fmt: skip
     method = make_method(given.pop("method", "rolling-fast"))
     factor = VAEConfig.from_dict(opened.vae).spatial_factor
     clip = SINK + CLIP if opened.longvid else num_latents_of(defaults["num_frames"])
@@ -58,8 +67,8 @@ def configure_student(request: TrainRequest, num_processes: int) -> Student:
     check_new(loop.out, request.resume)
     if result_of(request).exists():
         raise ValueError(f"{result_of(request)} is there already; give another --out, or move it away")
-    return Student(request=request, opened=opened, training=training, prompts=tuple(read_prompts(Path(file)))
-                   if file else ())  # fmt: skip
+    prompts = tuple(read_prompts(Path(file))) if file else ()
+    return Student(request=request, opened=opened, start=start, training=training, prompts=prompts)
 
 
 def result_of(request: TrainRequest) -> Path:
@@ -74,7 +83,11 @@ def make_student(job: Student, engine: Engine = alone, *, is_first: bool = True)
     encoder = TextEncoder.load(opened.path, torch.float32, config.device)
     prompts = _captions if not job.prompts else lambda rng, count: list(rng.choice(job.prompts, count))
     options = {"model": fingerprint(opened.path), "method": config.method.name}
-    for record in distill(config, dit, encoder, prompts, resume=job.request.resume, engine=engine,
+    student = None
+    if job.start:
+        student = load_dit(job.start, torch.float32, config.device).train()
+        options["student"] = fingerprint(job.start.path)
+    for record in distill(config, dit, encoder, prompts, student=student, resume=job.request.resume, engine=engine,
                           options=options):  # fmt: skip
         if "distill" not in record:
             yield record

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from longvid.checkpoints import diffusers_folder
 from longvid.checkpoints.diffusers_folder import save_folder, scheduler_config
 from longvid.intervals import IntervalCost
 from longvid.levels import LevelSampler
@@ -18,6 +19,7 @@ from longvid.models.vae import VAE, VAEConfig
 from longvid.multitask import Multitask
 from longvid.weighting import LossWeighting
 from pipelines.checks import held_out, samples, validation
+from pipelines.configure import resolve_model
 from pipelines.engine_many import check_spread
 from pipelines.film_latents import FILM_SETS, HELD_OUT, LONG, FilmLatents, make_latents
 from pipelines.methods import make_method
@@ -60,8 +62,9 @@ class TrainRequest:
 
     `loop` are fields of LoopConfig, `dit` of DiTTraining, `options` levels and objective of the DiT, by name. Every
     `validate_every` steps (0: never) the loss on held-out films is taken, every `sample_every` videos are made.
-    `data` (the `folder` of videos, and fields of ClipConfig) is what a DiT of `model` is fine-tuned on, with `lora`
-    adapters of that rank. `distil` are `method` and `prompts` (a file), and fields of Distillation.
+    `data` (the `folder` of videos, and fields of ClipConfig, or a folder of encoded films) is what a DiT of `model` is
+    trained on, with `lora` adapters of that rank. `distil` are `method`, `student` (a folder) and `prompts` (a file),
+    and fields of Distillation.
     """
 
     part: str
@@ -92,9 +95,12 @@ class TrainRequest:
             misplaced += [*self.dit, *(name for name in ("deepspeed", "accumulation") if name in self.loop)]
         if misplaced:
             raise ValueError(f"{misplaced[0]} is an option of the part dit, not of {self.part}; leave it out")
-        if self.part == "dit" and "folder" not in self.data and (self.model or self.lora or self.data):
-            given = next(name for name in ("model", "lora", *self.data) if getattr(self, name, True))
-            raise ValueError(f"{given} is for fine-tuning on videos, and no folder of them is given; add --data DIR")
+        of_a_model = {"model": self.model, "lora": self.lora, **self.data,
+                      "teacher_guidance": self.dit.get("teacher_guidance")}  # fmt: skip
+        if self.part == "dit" and "folder" not in self.data and any(of_a_model.values()):
+            given = next(name for name, value in of_a_model.items() if value)
+            raise ValueError(f"{given} is for training a model on, and no folder of videos or encoded films is given; "
+                             "add --data DIR")  # fmt: skip
         if min(self.validate_every, self.sample_every) < 0:
             raise ValueError(f"validate_every={self.validate_every}, sample_every={self.sample_every} must be at least "
                              "0; try 500")  # fmt: skip
@@ -150,11 +156,16 @@ def train(request: TrainRequest, engine: Engine = alone, *, is_first: bool = Tru
 
 
 def _encode_films(request: TrainRequest) -> Iterator[dict]:
-    vae, most = load_vae(request.out), request.loop.get("num_steps")
+    most = request.loop.get("num_steps")
+    vae = _vae_of(request.model) if request.model else load_vae(request.out)
     for films in (*FILM_SETS, HELD_OUT):
         num_films = min(films.num_films, most or 10**9)
         for count in make_latents(request.out / "latents", vae, request.seed, films, num_films):
             yield {"set": films.name, "films": count}
+
+
+def _vae_of(model: Path) -> VAE:
+    return diffusers_folder.load_vae(diffusers_folder.open_folder(resolve_model(model)), torch.float32).eval()
 
 
 def _train_part(request: TrainRequest, config, engine: Engine) -> Iterator[dict]:
@@ -171,10 +182,10 @@ def _train_part(request: TrainRequest, config, engine: Engine) -> Iterator[dict]
 
 def _train_dit(request: TrainRequest, config: DiTTraining, engine: Engine) -> Iterator[dict]:
     out, text, checks = request.out, load_text(request.out), []
-    sets = {films.name: FilmLatents(out / "latents", request.seed, films) for films in FILM_SETS}
+    sets = {films.name: FilmLatents(out / "latents", films) for films in FILM_SETS}
     dit = new_dit(config)
     if request.validate_every:
-        films = held_out(FilmLatents(out / "latents", request.seed, HELD_OUT))
+        films = held_out(FilmLatents(out / "latents", HELD_OUT))
         checks.append(validation(dit, config, films, text, request.validate_every))
     if request.sample_every:
         method = make_method(TINY_DEFAULTS["method"])

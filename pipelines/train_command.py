@@ -15,10 +15,11 @@ LOOP_FLAGS = {
     "max_grad_norm": "max_grad_norm", "ema_decay": "ema_decay", "save_every": "save_every", "log_every": "log_every",
     "deepspeed": "deepspeed", "tensorboard": "tensorboard",
 }  # fmt: skip
-DIT_FLAGS = {"dtype": "dtype", "device": "device", "gradient_checkpointing": "checkpointing", "compile": "compile"}
+DIT_FLAGS = {"dtype": "dtype", "device": "device", "gradient_checkpointing": "checkpointing", "compile": "compile",
+             "picture_share": "picture_share", "opening_share": "opening_share"}  # fmt: skip
 DATA_FLAGS = {"data": "folder", "height": "height", "width": "width", "fps": "fps", "num_frames": "num_frames",
               "clips_per_video": "clips_per_video", "max_broken": "max_broken"}  # fmt: skip
-DISTIL_FLAGS = {"method": "method", "teacher_guidance": "guidance_scale", "student_speed": "student_speed",
+DISTIL_FLAGS = {"method": "method", "student": "student", "student_speed": "student_speed",
                 "critic_draws": "critic_draws", "prompts_file": "prompts"}  # fmt: skip
 OPTION_FLAGS = ("levels", "loss_weighting", "multitask", "num_intervals", "interval_cost", "immiscible",
                 "balance_first")  # fmt: skip
@@ -55,6 +56,12 @@ def request_of(options: argparse.Namespace):
     loop, dit = _given(options, LOOP_FLAGS), _given(options, DIT_FLAGS)
     if options.part not in ("dit", "distill"):
         dit.pop("compile", None)  # given for all parts alike
+    if "picture_share" in dit:
+        dit["picture_share"] = (options.picture_share, options.picture_share)
+    distil = _given(options, DISTIL_FLAGS)
+    if options.teacher_guidance is not None:
+        whose = (distil, "guidance_scale") if options.part == "distill" else (dit, "teacher_guidance")
+        whose[0][whose[1]] = options.teacher_guidance
     if options.deepspeed:
         loop = {"optimizer": "adamw", **loop}
     if options.device is not None:
@@ -66,7 +73,7 @@ def request_of(options: argparse.Namespace):
         model=Path(options.model) if options.model else None, loop=loop, dit=dit,
         options=_given(options, dict(zip(OPTION_FLAGS, OPTION_FLAGS, strict=True))),
         validate_every=options.validate_every, sample_every=options.sample_every, data=_given(options, DATA_FLAGS),
-        lora=0 if options.lora is None else options.lora, distil=_given(options, DISTIL_FLAGS),
+        lora=0 if options.lora is None else options.lora, distil=distil,
     )  # fmt: skip
 
 

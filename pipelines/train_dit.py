@@ -1,5 +1,8 @@
 """Train the embedded model's DiT: flow matching with a level per block, block-causal or joint.
 
+What is learned is the velocity of a film's noise, or what the model itself, as it was at the start, says of it with
+guidance, so that one forward does for two.
+
 A batch is of one of three kinds. Pictures are first latents alone, each at four levels of noise: that is where a model
 learns to follow its text, and a step sees 256 of them. Openings are a first block and the next, which must begin to
 move as the text says. Long clips are a sink, often a gap, and a run; they take their levels from rows of the rolling
@@ -8,7 +11,8 @@ both kinds of method. The prompt is dropped for a share of the clips, for guidan
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -16,11 +20,11 @@ import torch
 from torch import Tensor
 
 from longvid.assignment import nearest_noise
-from longvid.flow import add_noise, velocity_target
+from longvid.flow import add_noise, guide, velocity_target
 from longvid.levels import LevelSampler, block_causal_mask, draw_levels, per_latent, soil
 from longvid.models.dit import SKYREELS, DiT, DiTConfig
 from longvid.multitask import Multitask
-from longvid.types import Text
+from longvid.types import Latents, Levels, Text
 from longvid.weighting import first_latent_weight
 from pipelines.film_latents import BLOCK, LONG, OPENINGS, PICTURES, SINK, FilmLatents
 from pipelines.memory import checkpoint_layers
@@ -56,7 +60,9 @@ class DiTTraining:
     block, and where by `sync`, no block is clean before the others, so there is no diffusion forcing. With `compile`
     layers are compiled, once for each shape of batch: a minute at the start (a C++ compiler is needed), then faster.
     With `checkpointing` layers keep their inputs only and are computed again for the backward pass. `dtype` is that of
-    products: weights are float32. `fps` is for models that are told of it.
+    products: weights are float32. `fps` is for models that are told of it. With `teacher_guidance` the model learns to
+    say in one forward what it says at the start with that guidance (arXiv 2210.03142, section 3.1, at one scale); 0: it
+    learns from films alone.
     """
 
     loop: LoopConfig
@@ -76,12 +82,23 @@ class DiTTraining:
     dtype: str = "bfloat16"
     device: str = "cpu"
     fps: int = 24
+    teacher_guidance: float = 0.0
 
-    def changes(self) -> dict[str, str | int | bool]:
-        """Levels, dtype and options of the objective that are not at their defaults."""
-        is_default = self.levels is LevelSampler.STAIRCASE
-        dtype = {} if self.dtype == "bfloat16" else {"dtype": self.dtype}
-        return self.objective.changes() | ({} if is_default else {"levels": self.levels.value}) | dtype
+    def __post_init__(self):
+        if not 0 <= self.teacher_guidance < float("inf"):
+            raise ValueError(f"teacher_guidance={self.teacher_guidance} must be positive; try 3")
+        for name, share in (("picture_share", max(self.picture_share)), ("picture_share", min(self.picture_share)),
+                            ("opening_share", self.opening_share)):  # fmt: skip
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share} must be between 0 and 1; try 0.2")
+
+    def changes(self) -> dict[str, str | int | float | bool]:
+        """What a resumed run must have alike beside the loop: choices that are not at their defaults."""
+        names = ("levels", "dtype", "opening_share", "teacher_guidance")
+        defaults = {f.name: f.default for f in fields(self)}
+        values = {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
+        values |= {"levels": self.levels.value} if "levels" in values else {}
+        return self.objective.changes() | values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,24 +194,48 @@ def long_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents
 
 
 def latent_errors(
-    dit: DiT, batch: Batch, text: Tensor, noise: Tensor, first_weight: Tensor, *, dtype: str = "bfloat16", fps: int = 24
-) -> tuple[Tensor, Tensor, Tensor]:
+    dit: DiT, batch: Batch, text: Text, noise: Latents, first_weight: Tensor, *, dtype: str = "bfloat16", fps: int = 24,
+    target: Latents | None = None,
+) -> tuple[Tensor, Tensor, Levels]:  # fmt: skip
     """Weighted mean squared error of the velocity of each latent (b, f), which count, and their levels.
 
-    The loss of flow matching (arXiv 2210.02747, section 4); `first_weight` (c,) weights the channels of the first
-    latent. A weight may depend on level, channel and latent, never on what is shown: a place that counted more where a
-    thing stands taught the model to expect things there, and they came out too large and without a shape.
+    The loss of flow matching (arXiv 2210.02747, section 4), or the distance to `target` (b, c, f, h, w).
+    `first_weight` (c,) weights the channels of the first latent. A weight may depend on level, channel and latent,
+    never on what is shown: a place that counted more where a thing stands taught the model to expect things there, and
+    they came out too large and without a shape.
     """
-    clean, levels = batch.clean, batch.levels
-    noisy = add_noise(clean, noise, levels)
-    clips = len(clean) // len(text)
-    with torch.autocast(clean.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        read = {i: tuple(y.repeat_interleave(clips, 0) for y in kv) for i, kv in dit.text_features(text).items()}
-        velocity, _ = dit(noisy, 1000 * levels, read, mask=batch.mask, keep=False, fps=fps)
+    clean = batch.clean
+    velocity = velocity_of(dit, batch, add_noise(clean, noise, batch.levels), text, dtype=dtype, fps=fps)
+    target = velocity_target(clean, noise) if target is None else target
     channels = torch.ones(clean.shape[1:3], device=clean.device)
     channels[:, 0] = first_weight.to(clean.device)
-    error = ((velocity.float() - velocity_target(clean, noise)).square() * channels[..., None, None]).mean(1)
-    return error.mean((2, 3)), batch.counts, levels
+    error = ((velocity - target).square() * channels[..., None, None]).mean(1)
+    return error.mean((2, 3)), batch.counts, batch.levels
+
+
+def velocity_of(dit: DiT, batch: Batch, noisy: Latents, text: Text, *, dtype: str, fps: int) -> Latents:
+    """What a DiT says of a batch's clips (b, c, f, h, w) with noise; float32."""
+    clips = len(noisy) // len(text)
+    with torch.autocast(noisy.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        read = {i: tuple(y.repeat_interleave(clips, 0) for y in kv) for i, kv in dit.text_features(text).items()}
+        return dit(noisy, 1000 * batch.levels, read, mask=batch.mask, keep=False, fps=fps)[0].float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """What is learned from: a DiT, the states of no text (1, tokens, d), and a scale of guidance."""
+
+    dit: DiT
+    no_text: Text
+    scale: float
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, noisy: Latents, text: Text, *, dtype: str, fps: int) -> Latents:
+        """The guided velocity of a batch's clips (b, c, f, h, w) with noise."""
+        without = self.no_text.to(noisy.device).expand(len(text), -1, -1)
+        v_uncond, v_cond = (velocity_of(self.dit, batch, noisy, states, dtype=dtype, fps=fps)
+                            for states in (without, text))  # fmt: skip
+        return guide(v_uncond, v_cond, self.scale)
 
 
 def train_dit(
@@ -204,9 +245,15 @@ def train_dit(
 ) -> Iterator[dict]:  # fmt: skip
     """Train a new DiT, or go on with `dit`, yielding log records; the last one holds the model as `dit`.
 
+    With `config.teacher_guidance` the teacher is `dit` as it is given, also when a run is resumed.
     `text` gives states of captions; `options` is what else must be the same in a resumed run.
     """
     dit, objective, path = dit or new_dit(config), config.objective, config.loop.out / "intervals.json"
+    teacher = None
+    if config.teacher_guidance:
+        frozen = deepcopy(dit).requires_grad_(False).to(config.device)
+        _prepare(frozen, replace(config, checkpointing=False))
+        teacher = Teacher(dit=frozen, no_text=text(""), scale=config.teacher_guidance)
     _prepare(dit, config)
     first_weight = torch.ones(dit.config.in_channels)
     if objective.balance_first:
@@ -217,7 +264,7 @@ def train_dit(
     def loss_at(step: int, part: Part = WHOLE) -> dict[str, Tensor]:
         rng = np.random.default_rng((config.loop.seed, step))
         batch, noise = draw_step(rng, config, films, step / config.loop.num_steps)
-        errors = errors_of(dit, config, batch.part(part), part.of(noise), text, first_weight)
+        errors = errors_of(dit, config, batch.part(part), part.of(noise), text, first_weight, teacher)
         edges = edges_at(step, config.loop.num_steps, objective, CLEAN, path, measure)
         return combined_loss(objective, model, errors, edges, rng, batch.counts.sum())
 
@@ -247,12 +294,16 @@ def draw_step(
 
 
 def errors_of(
-    dit: DiT, config: DiTTraining, batch: Batch, noise: Tensor, text: Callable[..., Text], first_weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    dit: DiT, config: DiTTraining, batch: Batch, noise: Latents, text: Callable[..., Text], first_weight: Tensor,
+    teacher: Teacher | None = None,
+) -> tuple[Tensor, Tensor, Levels]:  # fmt: skip
     """`latent_errors` on the device, at the dtype and rate of the configuration."""
-    states = text(*batch.captions).to(config.device)
-    return latent_errors(dit, batch.to(config.device), states, noise.to(config.device), first_weight,
-                         dtype=config.dtype, fps=config.fps)  # fmt: skip
+    states, batch, noise = text(*batch.captions).to(config.device), batch.to(config.device), noise.to(config.device)
+    how = {"dtype": config.dtype, "fps": config.fps}
+    target = None
+    if teacher is not None:
+        target = teacher(batch, add_noise(batch.clean, noise, batch.levels), states, **how)
+    return latent_errors(dit, batch, states, noise, first_weight, **how, target=target)
 
 
 def losses_at_level(

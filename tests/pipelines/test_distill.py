@@ -172,6 +172,15 @@ def test_a_resumed_run_goes_on_as_the_uncut_and_the_student_is_the_slower(tmp_pa
     assert 0.1 < moved["student"] / moved["critic"] < 0.4, "a fifth of the learning rate"
 
 
+def test_student_and_critic_begin_as_the_model_that_is_given(tmp_path):
+    config = distillation(tmp_path, loop={"num_steps": 1, "learning_rate": 1e-9, "adamw_learning_rate": 1e-9})
+    _, student = losses_of(config, student=small_dit(1))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
+    for name, value in small_dit(1).state_dict().items():
+        torch.testing.assert_close(student.state_dict()[name], value, atol=1e-6, rtol=0)
+        torch.testing.assert_close(state[f"critic.{name}"], value, atol=1e-6, rtol=0)
+
+
 def test_parts_of_a_batch_add_up_to_it(tmp_path):
     whole, _ = losses_of(distillation(tmp_path / "whole"))
     parts, _ = losses_of(distillation(tmp_path / "parts", loop={"accumulation": 2}))
@@ -180,7 +189,7 @@ def test_parts_of_a_batch_add_up_to_it(tmp_path):
 
 
 def test_a_distilled_folder_makes_videos_in_four_steps(longvid, model, here):
-    words = ("distill", "--out", "fast", "--steps", 4, "--batch-size", 2, "--log-every", 1)
+    words = ("distill", "--out", "fast", "--steps", 4, "--batch-size", 2, "--log-every", 1, "--student", model)
     ran = longvid("train", *words)
     assert ran.code == 0, ran.err
     records = [json.loads(line) for line in ran.out.splitlines()]
@@ -202,6 +211,8 @@ def test_a_distilled_folder_makes_videos_in_four_steps(longvid, model, here):
     (("--prompts-file", "none.txt"), "prompts file none.txt is not a file"),
     (("--levels", "iid"), "levels is an option of the part dit, not of distill"),
     (("--batch-size", "3", "--gradient-accumulation-steps", "2"), "batch_size=3 cannot be split"),
+    (("--student", "tiny"), "has a transformer of another shape than"),
+    (("--student", "nowhere"), "nowhere"),
 ])  # fmt: skip
 def test_what_cannot_be_distilled_is_said_and_nothing_starts(longvid, here, words, said):
     ran = longvid("train", "distill", "--out", "fast", *words)

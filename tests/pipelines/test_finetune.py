@@ -83,6 +83,28 @@ def test_a_model_is_fine_tuned_on_videos_resumed_and_loads(longvid, videos, mode
     assert other.code == 2 and "lora was 0, now 2" in other.err
 
 
+@pytest.fixture
+def films(longvid, here):
+    ran = longvid("train", "latents", "--out", here, "--steps", 2)
+    assert ran.code == 0, ran.err
+    return here / "latents"
+
+
+def test_a_model_learns_its_own_guidance_from_encoded_films(longvid, films, model, here):
+    words = ("dit", "--data", films, "--batch-size", 2, "--log-every", 1, "--teacher-guidance", 3, "--steps", 2)
+    ran = longvid("train", *words, "--out", "guided", "--validate-every", 2, "--picture-share", 0.5)
+    assert ran.code == 0, ran.err
+    found = records(ran)
+    assert [r["step"] for r in found if "loss" in r] == [1, 2] and [r for r in found if "validation" in r]
+    old, new = (load_dit(open_folder(path), torch.float32) for path in (model, here / "guided/model"))
+    assert any(not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+    shutil.rmtree(here / "guided/model")
+    other = longvid("train", *words, "--out", "guided", "--resume", "--teacher-guidance", 4)
+    assert other.code == 2 and "teacher_guidance was 3.0, now 4.0" in other.err
+    clips = longvid("train", *words, "--out", "other", "--fps", 8)
+    assert clips.code == 2 and "fps is about clips of videos" in clips.err and not (here / "other").exists()
+
+
 def test_batches_are_of_one_shape_and_length(tmp_path):
     shapes = {"wide": (4, 16, 2, 4), "upright": (4, 10, 4, 2), "short": (4, 4, 2, 4)}
     for name, shape in shapes.items():
@@ -155,7 +177,10 @@ def test_merged_weights_do_what_the_adapters_do_and_diffusers_reads_them(model, 
     (("--data", "empty"), "holds no captions.jsonl; write a line"),
     (("--data", "missing"), "names 1 files that are not there, first gone.mp4"),
     (("--data", "odd"), "line 1 is not as it must be"),
-    (("--lora", 4), "lora is for fine-tuning on videos, and no folder of them is given; add --data DIR"),
+    (("--lora", 4), "lora is for training a model on, and no folder of videos or encoded films is given"),
+    (("--teacher-guidance", 3), "teacher_guidance is for training a model on, and no folder"),
+    (("--data", "good", "--teacher-guidance", -1), "teacher_guidance=-1.0 must be positive; try 3"),
+    (("--picture-share", 2), "picture_share=2.0 must be between 0 and 1"),
     (("--data", "good", "--num-frames", 40), "num_frames=40 of a clip must be 12n + 1"),
     (("--data", "good", "--height", 20), "height=20 must be a multiple of 8"),
     (("--data", "good", "--batch-size", 3, "--nproc", 2), "batch_size=3 cannot be split evenly over 2 processes"),
@@ -172,7 +197,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(longvid, here, videos,
             (here / name / "captions.jsonl").write_text(line + "\n")
     words = [videos if word == "good" else word for word in words]
     before = set(here.rglob("*"))
-    model = {"model": None} if "--lora" in words else {}
+    model = {} if "--data" in words else {"model": None}
     ran = longvid("train", "dit", "--out", "out", *words, **model)
     assert ran.code == 2 and says in ran.err and ran.err.count("\n") == 1, ran.err
     assert set(here.rglob("*")) == before

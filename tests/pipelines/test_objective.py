@@ -203,7 +203,7 @@ def test_options_that_cannot_be_met_are_refused(longvid, here, words, said):
 
 
 def test_the_command_trains_as_its_flags_say(longvid, here, small, monkeypatch):
-    monkeypatch.setattr(train, "FilmLatents", lambda folder, seed, films: SETS[films.name])
+    monkeypatch.setattr(train, "FilmLatents", lambda folder, films: SETS[films.name])
     monkeypatch.setattr(train, "load_text", lambda out: texts)
     monkeypatch.setattr(train, "TINY_DIT", train_dit.TINY_DIT)
     words = ("--levels", "fopp", "--loss-weighting", "min-snr", "--multitask", "nash", "--num-intervals", 3,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from longvid import worlds
+from longvid.flow import add_noise
 from longvid.models.dit import DiT
 from longvid.models.vae import VAE, VAEConfig
 from pipelines import film_latents, train_dit, train_vae
@@ -30,7 +31,17 @@ from pipelines.objective import Objective, combined_loss
 from pipelines.optimise import LoopConfig
 from pipelines.optimizers import Part
 from pipelines.train_decoder import DecoderTraining, train_decoder
-from pipelines.train_dit import CLEAN, COPIES, TINY_DIT, DiTTraining, draw_batch, latent_errors, long_batch
+from pipelines.train_dit import (
+    CLEAN,
+    COPIES,
+    TINY_DIT,
+    DiTTraining,
+    Teacher,
+    draw_batch,
+    errors_of,
+    latent_errors,
+    long_batch,
+)
 from pipelines.train_text import caption_batch
 from pipelines.train_vae import TINY_VAE, VAETraining, film_crops, vae_loss
 
@@ -84,7 +95,7 @@ def test_films_are_stored_once_and_sampled_as_sink_and_run(tmp_path, monkeypatch
     list(make(tmp_path, vae, 0, LONG, 4, shard=2))
     kept = [p.stat().st_mtime_ns for p in sorted((tmp_path / LONG.name).iterdir())]
     assert stamps == kept, "shards that are there are kept"
-    films = FilmLatents(tmp_path, 0, LONG)
+    films = FilmLatents(tmp_path, LONG)
     assert films.latents.shape == (4, 8, SINK + RUN, 16, 16)
     clips, captions, has_gap = films.sample_runs(np.random.default_rng(0), 40)
     assert clips.shape == (40, 8, SINK + CLIP, 16, 16) and len(captions) == 40
@@ -138,7 +149,7 @@ def test_parts_of_a_batch_of_films_add_up(tmp_path):
 
 def test_no_latents_is_an_error_that_says_how_to_make_them(tmp_path):
     with pytest.raises(ValueError, match=f"longvid train latents --out {tmp_path}"):
-        FilmLatents(tmp_path / "latents", 0, PICTURES)
+        FilmLatents(tmp_path / "latents", PICTURES)
 
 
 class RandomFilms(FilmLatents):
@@ -222,6 +233,48 @@ def test_the_loss_counts_noisy_latents_only_and_reaches_every_parameter():
     errors = latent_errors(dit, batch, text, noise, torch.ones(8))[0]
     everywhere_alike = (noise - batch.clean).square().mean((1, 3, 4))
     assert torch.allclose(errors, everywhere_alike), "a weight by what is shown would move what the model expects there"
+
+
+def test_what_guidance_adds_is_what_there_is_to_learn():
+    """At scale 3 the model begins 2 (v_cond - v_uncond) away from its own guided velocity, at scale 1 at it."""
+    torch.manual_seed(0)
+    dit = DiT(replace(TINY_DIT, num_attention_heads=2, attention_head_dim=12, ffn_dim=16, num_layers=2, text_dim=8))
+    batch = long_batch(np.random.default_rng(3), training(), SETS[LONG.name])
+    noise = torch.randn(batch.clean.shape)
+    states = {"": torch.zeros(1, 5, 8), "a": torch.randn(1, 5, 8)}
+    text = lambda *captions: torch.cat([states[caption] for caption in captions])  # noqa: E731
+    batch = replace(batch, captions=["a"] * len(batch.clean))
+    found, config = {}, training(dtype="float32")
+    with torch.no_grad():
+        for scale in (1.0, 3.0):
+            teacher = Teacher(dit=dit, no_text=text(""), scale=scale)
+            found[scale] = errors_of(dit, config, batch, noise, text, torch.ones(8), teacher)[0]
+        noisy = add_noise(batch.clean, noise, batch.levels)
+        with_text, without = (dit(noisy, 1000 * batch.levels, dit.text_features(text(*[caption] * len(noisy))),
+                                  mask=batch.mask, keep=False)[0] for caption in ("a", ""))  # fmt: skip
+    assert found[1.0].max() < 1e-10
+    torch.testing.assert_close(found[3.0], 4 * (with_text - without).square().mean((1, 3, 4)), rtol=1e-4, atol=1e-8)
+
+
+def test_one_forward_learns_what_the_model_says_with_guidance(tmp_path, monkeypatch):
+    """From where it begins, and a resumed run has the same teacher."""
+    small = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16, "num_layers": 1, "text_dim": 8}
+    texts = lambda *captions: torch.stack([(1.0 + len(c)) / 50 * torch.ones(5, 8) for c in captions])  # noqa: E731
+
+    def records(out, **how):
+        torch.manual_seed(0)
+        dit = DiT(replace(TINY_DIT, **small))
+        config = DiTTraining(loop=loop(out, num_steps=12, log_every=1, save_every=6, warmup_steps=0, ema_decay=0.0),
+                             teacher_guidance=8.0, picture_share=(1.0, 1.0), dtype="float32")  # fmt: skip
+        return train_dit.train_dit(config, SETS, texts, dit=dit, **how)
+
+    losses = [r["loss"] for r in records(tmp_path / "whole") if "loss" in r]
+    assert losses[-1] < 0.5 * losses[0]
+    cut = records(tmp_path / "cut")
+    for _ in range(7):
+        next(cut)
+    cut.close()
+    assert [r["loss"] for r in records(tmp_path / "cut", resume=True) if "loss" in r] == losses[6:]
 
 
 def test_captions_and_labels_agree():
