@@ -62,7 +62,8 @@ def configure_finetuning(request: TrainRequest, num_processes: int) -> Finetunin
     defaults, given = model_defaults(opened), dict(request.data)
     folder = Path(given.pop("folder"))
     data = _films(folder, given) if holds_films(folder) else _videos(folder, given, opened, defaults, request.seed)
-    loop = LoopConfig(out=request.out / "dit", seed=request.seed, **{**DEFAULTS, **request.loop})
+    values = {**DEFAULTS, **request.loop}
+    loop = LoopConfig(out=request.out / "dit", seed=request.seed, adamw_learning_rate=values["learning_rate"], **values)
     fps = data["clips"].fps if "clips" in data else defaults["fps"]
     training = DiTTraining(loop=loop, **{"fps": fps, "picture_share": (0.2, 0.2), **request.dit,
                                          **dit_options(request.options)})  # fmt: skip

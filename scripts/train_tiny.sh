@@ -15,7 +15,8 @@ for part in vae decoder text latents dit; do
 done
 [ -d "$out/tiny" ] || "$bin/longvid" train pack --out "$out" --model "$out/tiny"
 [ -d "$out/guided/model" ] ||
-    "$bin/longvid" train dit --out "$out/guided" --model "$out/tiny" --data "$out/latents" --teacher-guidance 3 --steps 280 \
-        --optimizer muon --learning-rate 1e-3 --lr-warmup-steps 20 --ema-decay 0.98 --opening-share 0.25 --resume $compile
+    "$bin/longvid" train dit --out "$out/guided" --model "$out/tiny" --data "$out/latents" --resume $compile \
+        --teacher-guidance 3 --steps 280 --optimizer muon --learning-rate 1e-3 --lr-warmup-steps 20 --ema-decay 0.98 \
+        --opening-share 0.25
 [ -d "$out/tiny-fast/model" ] ||
     "$bin/longvid" train distill --out "$out/tiny-fast" --model "$out/tiny" --student "$out/guided/model" --resume $compile
