@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from longvid.checkpoints.diffusers_folder import Folder, copy_folder, load_dit, load_vae, open_folder
 from longvid.checkpoints.safetensor_files import fingerprint
+from longvid.method import Method
 from longvid.models.lora import FILE, add_lora, save_lora
 from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE, VAEConfig
@@ -22,6 +23,7 @@ from pipelines.checks import held_out, samples, validation
 from pipelines.configure import BASE, check_size, model_defaults, resolve_model
 from pipelines.engine_many import check_spread
 from pipelines.film_latents import FILM_SETS, HELD_OUT, LONG, FilmLatents, holds_films
+from pipelines.make_student import student_defaults
 from pipelines.methods import make_method
 from pipelines.optimise import Engine, LoopConfig, alone
 from pipelines.train import SAMPLE_PROMPTS, TrainRequest, check_new, dit_options
@@ -37,7 +39,7 @@ NUM_SAMPLES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuning:
-    """A request, complete and checked: model, data, and the training.
+    """A request, complete and checked: model, data, the training, and by which method the result is to be used.
 
     The data are videos and how clips are cut out of them, or `films`, a folder of encoded ones.
     """
@@ -45,6 +47,7 @@ class Finetuning:
     request: TrainRequest
     opened: Folder
     training: DiTTraining
+    method: Method | None
     videos: tuple[CaptionedVideo, ...] = ()
     clips: ClipConfig | None = None
     films: Path | None = None
@@ -71,7 +74,18 @@ def configure_finetuning(request: TrainRequest, num_processes: int) -> Finetunin
     check_spread("dit", training, num_processes)
     if result_of(request).exists():
         raise ValueError(f"{result_of(request)} is there already; give another --out, or move it away")
-    return Finetuning(request=request, opened=opened, training=training, **data)
+    return Finetuning(request=request, opened=opened, training=training, method=_method_after(request), **data)
+
+
+def _method_after(request: TrainRequest) -> Method | None:
+    """What a model that has learned guidance is for; None: what it was for before."""
+    if "method" not in request.distil:
+        return None
+    method = make_method(request.distil["method"])
+    if method.num_lanes > 1:
+        raise ValueError(f"method {method.name} has guidance {method.guidance_scale}, and a model that has learned "
+                         "guidance needs none; try rolling-fast")  # fmt: skip
+    return method
 
 
 def _films(folder: Path, given: dict) -> dict:
@@ -117,7 +131,8 @@ def finetune(job: Finetuning, engine: Engine = alone, *, is_first: bool = True) 
             yield record
         elif is_first:
             result = result_of(request)
-            save_lora(result, dit) if request.lora else copy_folder(opened, result, dit)
+            defaults = student_defaults(opened, job.method) if job.method else None
+            save_lora(result, dit) if request.lora else copy_folder(opened, result, dit, longvid=defaults)
             yield {"written": str(result)}
 
 

@@ -187,7 +187,8 @@ def _add_train_flags(train: argparse.ArgumentParser) -> None:
     looks.add_argument("--tensorboard", action="store_true", default=None, help="curves beside log.jsonl")
     _add_objective_flags(train.add_argument_group("dit: levels and loss"))
     distil = train.add_argument_group("distill")
-    distil.add_argument("--method", metavar="M", help="how the student will be used (default: rolling-fast)")
+    distil.add_argument("--method", metavar="M", help="how the student will be used (default: rolling-fast); dit with "
+                        "--teacher-guidance, too (default: as before)")  # fmt: skip
     distil.add_argument("--prompts-file", metavar="F", help="what to make videos of, a prompt a line (default, for a "
                         "model of procedural films: captions of such)")  # fmt: skip
     distil.add_argument("--teacher-guidance", type=float, metavar="G", help="distill: what guidance the teacher has "

@@ -10,6 +10,7 @@ import torch
 from longvid.captions import caption
 from longvid.checkpoints.diffusers_folder import Folder, copy_folder, load_dit, open_folder
 from longvid.checkpoints.safetensor_files import fingerprint
+from longvid.method import Method
 from longvid.models.dit import DiTConfig
 from longvid.models.text import TextEncoder
 from longvid.models.vae import VAEConfig
@@ -76,6 +77,12 @@ def result_of(request: TrainRequest) -> Path:
     return request.out / "model"
 
 
+def student_defaults(opened: Folder, method: Method) -> dict:
+    """What `longvid.json` of a model says that was made of that folder's to be used by a method of few steps."""
+    defaults = {key: value for key, value in model_defaults(opened).items() if key != "changes"}
+    return {**defaults, "method": method.name, "name": f"{defaults.get('name', opened.path.name)}-fast"}
+
+
 def make_student(job: Student, engine: Engine = alone, *, is_first: bool = True) -> Iterator[dict]:
     """Distil and write the student's folder; yields records."""
     config, opened = job.training, job.opened
@@ -92,9 +99,8 @@ def make_student(job: Student, engine: Engine = alone, *, is_first: bool = True)
         if "distill" not in record:
             yield record
         elif is_first:
-            defaults = {key: value for key, value in model_defaults(opened).items() if key != "changes"}
-            defaults |= {"method": config.method.name, "name": f"{defaults.get('name', opened.path.name)}-fast"}
-            copy_folder(opened, result_of(job.request), record["distill"], longvid=defaults)
+            copy_folder(opened, result_of(job.request), record["distill"],
+                        longvid=student_defaults(opened, config.method))  # fmt: skip
             yield {"written": str(result_of(job.request))}
 
 

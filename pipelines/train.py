@@ -63,8 +63,8 @@ class TrainRequest:
     `loop` are fields of LoopConfig, `dit` of DiTTraining, `options` levels and objective of the DiT, by name. Every
     `validate_every` steps (0: never) the loss on held-out films is taken, every `sample_every` videos are made.
     `data` (the `folder` of videos, and fields of ClipConfig, or a folder of encoded films) is what a DiT of `model` is
-    trained on, with `lora` adapters of that rank. `distil` are `method`, `student` (a folder) and `prompts` (a file),
-    and fields of Distillation.
+    trained on, with `lora` adapters of that rank. `distil` are `method`, which a DiT that learns guidance has too,
+    `student` (a folder) and `prompts` (a file), and fields of Distillation.
     """
 
     part: str
@@ -88,9 +88,10 @@ class TrainRequest:
             shared = ("dtype", "device", "compile") if self.part == "distill" else ("dtype", "device")
             misplaced += [*self.options, *(name for name in self.dit if name not in shared)]
             misplaced += [name for name in ("validate_every", "sample_every", "data", "lora") if getattr(self, name)]
-        if self.part != "distill" and self.distil:
-            name = next(iter(self.distil))
-            raise ValueError(f"{name} is an option of the part distill, not of {self.part}; leave it out")
+        learns_guidance = self.part == "dit" and self.dit.get("teacher_guidance") and not self.lora
+        not_distilling = [name for name in self.distil if not (learns_guidance and name == "method")]
+        if self.part != "distill" and not_distilling:
+            raise ValueError(f"{not_distilling[0]} is an option of the part distill, not of {self.part}; leave it out")
         if self.part not in ("dit", "vae", "distill"):
             misplaced += [*self.dit, *(name for name in ("deepspeed", "accumulation") if name in self.loop)]
         if misplaced:

@@ -98,6 +98,11 @@ def test_a_model_learns_its_own_guidance_from_encoded_films(longvid, films, mode
     assert [r["step"] for r in found if "loss" in r] == [1, 2] and [r for r in found if "validation" in r]
     old, new = (load_dit(open_folder(path), torch.float32) for path in (model, here / "guided/model"))
     assert any(not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
+    assert json.loads((here / "guided/model/longvid.json").read_text())["method"] == "rolling"
+    fast = longvid("train", *words, "--out", "fast", "--method", "rolling-fast")
+    assert fast.code == 0, fast.err
+    method = json.loads(longvid("generate", "--dry-run", model="fast/model").out)["method"]
+    assert (method["name"], method["guidance_scale"]) == ("rolling-fast", 1.0)
     shutil.rmtree(here / "guided/model")
     other = longvid("train", *words, "--out", "guided", "--resume", "--teacher-guidance", 4)
     assert other.code == 2 and "teacher_guidance was 3.0, now 4.0" in other.err
@@ -180,6 +185,8 @@ def test_merged_weights_do_what_the_adapters_do_and_diffusers_reads_them(model, 
     (("--lora", 4), "lora is for training a model on, and no folder of videos or encoded films is given"),
     (("--teacher-guidance", 3), "teacher_guidance is for training a model on, and no folder"),
     (("--data", "good", "--teacher-guidance", -1), "teacher_guidance=-1.0 must be positive; try 3"),
+    (("--data", "good", "--method", "rolling-fast"), "method is an option of the part distill, not of dit"),
+    (("--data", "good", "--teacher-guidance", 3, "--method", "rolling"), "needs none; try rolling-fast"),
     (("--picture-share", 2), "picture_share=2.0 must be between 0 and 1"),
     (("--data", "good", "--num-frames", 40), "num_frames=40 of a clip must be 12n + 1"),
     (("--data", "good", "--height", 20), "height=20 must be a multiple of 8"),
