@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train the embedded models anew, part by part: scripts/train_tiny.sh DIR. The model folders are DIR/tiny and, distilled
-# to few steps, DIR/tiny-fast/model. Two cores need about ten hours; each part is resumed by running this again.
+# Train the embedded models anew, part by part: scripts/train_tiny.sh DIR. The model folders are DIR/tiny and, having
+# learned its guidance, DIR/tiny-fast/model. Two cores need about ten hours; each part is resumed by running this again.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install "" run
@@ -14,9 +14,7 @@ for part in vae decoder text latents dit; do
     "$bin/longvid" train "$part" --out "$out" --resume $compile
 done
 [ -d "$out/tiny" ] || "$bin/longvid" train pack --out "$out" --model "$out/tiny"
-[ -d "$out/guided/model" ] ||
-    "$bin/longvid" train dit --out "$out/guided" --model "$out/tiny" --data "$out/latents" --resume $compile \
-        --teacher-guidance 3 --steps 280 --optimizer muon --learning-rate 1e-3 --lr-warmup-steps 20 --ema-decay 0.98 \
-        --opening-share 0.25
 [ -d "$out/tiny-fast/model" ] ||
-    "$bin/longvid" train distill --out "$out/tiny-fast" --model "$out/tiny" --student "$out/guided/model" --resume $compile
+    "$bin/longvid" train dit --out "$out/tiny-fast" --model "$out/tiny" --data "$out/latents" --resume $compile \
+        --teacher-guidance 3 --method rolling-fast --steps 800 --optimizer muon --learning-rate 1e-3 \
+        --lr-warmup-steps 20 --ema-decay 0.98 --opening-share 0.25
