@@ -49,8 +49,8 @@ TINY_DEFAULTS = {
     "name": "tiny", "method": "rolling", "height": 128, "width": 128, "fps": 16, "num_frames": 961,
     "prompt": "a red ball bounces on a navy background", "changes": {"lag": 4},
 }  # fmt: skip
-"""What `longvid.json` of the embedded model says; at lag 4 the first frames come sooner than at 1 or 2, and what should
-turn or circle does so in more of the seconds (its card)."""
+"""What `longvid.json` of the embedded model says; at lag 4 what should turn or circle does so in more of the seconds
+than at 2 (its card)."""
 
 SAMPLE_PROMPTS = ("a red ball bounces on a navy background", "a yellow star spins on black", "a cyan ring drifts right")
 """What is shown of a DiT while it trains."""
