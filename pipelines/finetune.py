@@ -113,7 +113,8 @@ def finetune(job: Finetuning, engine: Engine = alone, *, is_first: bool = True) 
     Raises ValueError if too many of the videos cannot be used.
     """
     request, config, opened = job.request, job.training, job.opened
-    material = _encoded_films(job) if job.films else (yield from _encoded_videos(job))
+    model = fingerprint(opened.path)
+    material = _encoded_films(job) if job.films else (yield from _encoded_videos(job, model))
     dit = load_dit(opened, torch.float32, config.device).train()
     if request.lora:
         add_lora(dit, request.lora, seed=request.seed)
@@ -124,7 +125,7 @@ def finetune(job: Finetuning, engine: Engine = alone, *, is_first: bool = True) 
         method = make_method(model_defaults(opened)["method"])
         checks.append(samples(dit, _networks(job)[0], material.text, method, config, material.sets[LONG.name],
                               material.prompts, request.sample_every))  # fmt: skip
-    options = {"model": fingerprint(opened.path), "lora": request.lora}
+    options = {"model": model, "lora": request.lora}
     for record in train_dit(config, material.sets, material.text, resume=request.resume, dit=dit, engine=engine,
                             checks=checks, options=options):  # fmt: skip
         if "dit" not in record:
@@ -163,11 +164,11 @@ def _encoded_films(job: Finetuning) -> _Material:
     return _Material(sets=sets, held_out=hidden, text=text, prompts=SAMPLE_PROMPTS)
 
 
-def _encoded_videos(job: Finetuning) -> Generator[dict, None, _Material]:
+def _encoded_videos(job: Finetuning, model: str) -> Generator[dict, None, _Material]:
     """Encodes what is not encoded yet, each process its share, yielding a record for each video that is left out."""
     is_one = not dist.is_initialized()
     rank, num = (0, 1) if is_one else (dist.get_rank(), dist.get_world_size())
-    model, cache = fingerprint(job.opened.path), job.request.out / "cache"
+    cache = job.request.out / "cache"
     yield from encode_videos(cache, job.videos, job.clips, model, job.unit, lambda: _networks(job), rank=rank,
                              num_processes=num)  # fmt: skip
     if not is_one:

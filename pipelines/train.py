@@ -43,7 +43,7 @@ RECIPE = {
         "ema_decay": 0.99,
     },
 }  # fmt: skip
-"""How the embedded model is trained; its card says how it was."""
+"""How the embedded model is trained, and a student of a model (which none in the box is); its card says how it was."""
 
 TINY_DEFAULTS = {
     "name": "tiny", "method": "rolling", "height": 128, "width": 128, "fps": 16, "num_frames": 961,

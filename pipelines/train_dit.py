@@ -92,9 +92,9 @@ class DiTTraining:
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share} must be between 0 and 1; try 0.2")
 
-    def changes(self) -> dict[str, str | int | float | bool]:
+    def changes(self) -> dict[str, str | int | float | bool | tuple[float, float]]:
         """What a resumed run must have alike beside the loop: choices that are not at their defaults."""
-        names = ("levels", "dtype", "opening_share", "teacher_guidance")
+        names = ("levels", "dtype", "picture_share", "opening_share", "teacher_guidance")
         defaults = {f.name: f.default for f in fields(self)}
         values = {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
         values |= {"levels": self.levels.value} if "levels" in values else {}
@@ -195,18 +195,18 @@ def long_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents
 
 def latent_errors(
     dit: DiT, batch: Batch, text: Text, noise: Latents, first_weight: Tensor, *, dtype: str = "bfloat16", fps: int = 24,
-    target: Latents | None = None,
+    teacher: "Teacher | None" = None,
 ) -> tuple[Tensor, Tensor, Levels]:  # fmt: skip
     """Weighted mean squared error of the velocity of each latent (b, f), which count, and their levels.
 
-    The loss of flow matching (arXiv 2210.02747, section 4), or the distance to `target` (b, c, f, h, w).
+    The loss of flow matching (arXiv 2210.02747, section 4), or the distance to what `teacher` says.
     `first_weight` (c,) weights the channels of the first latent. A weight may depend on level, channel and latent,
     never on what is shown: a place that counted more where a thing stands taught the model to expect things there, and
     they came out too large and without a shape.
     """
-    clean = batch.clean
-    velocity = velocity_of(dit, batch, add_noise(clean, noise, batch.levels), text, dtype=dtype, fps=fps)
-    target = velocity_target(clean, noise) if target is None else target
+    clean, noisy = batch.clean, add_noise(batch.clean, noise, batch.levels)
+    velocity = velocity_of(dit, batch, noisy, text, dtype=dtype, fps=fps)
+    target = teacher(batch, noisy, text, dtype=dtype, fps=fps) if teacher else velocity_target(clean, noise)
     channels = torch.ones(clean.shape[1:3], device=clean.device)
     channels[:, 0] = first_weight.to(clean.device)
     error = ((velocity - target).square() * channels[..., None, None]).mean(1)
@@ -298,12 +298,9 @@ def errors_of(
     teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor, Levels]:  # fmt: skip
     """`latent_errors` on the device, at the dtype and rate of the configuration."""
-    states, batch, noise = text(*batch.captions).to(config.device), batch.to(config.device), noise.to(config.device)
-    how = {"dtype": config.dtype, "fps": config.fps}
-    target = None
-    if teacher is not None:
-        target = teacher(batch, add_noise(batch.clean, noise, batch.levels), states, **how)
-    return latent_errors(dit, batch, states, noise, first_weight, **how, target=target)
+    states = text(*batch.captions).to(config.device)
+    return latent_errors(dit, batch.to(config.device), states, noise.to(config.device), first_weight,
+                         dtype=config.dtype, fps=config.fps, teacher=teacher)  # fmt: skip
 
 
 def losses_at_level(

@@ -256,7 +256,7 @@ def test_what_guidance_adds_is_what_there_is_to_learn():
     torch.testing.assert_close(found[3.0], 4 * (with_text - without).square().mean((1, 3, 4)), rtol=1e-4, atol=1e-8)
 
 
-def test_one_forward_learns_what_the_model_says_with_guidance(tmp_path, monkeypatch):
+def test_one_forward_learns_what_the_model_says_with_guidance(tmp_path):
     """From where it begins, and a resumed run has the same teacher."""
     small = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16, "num_layers": 1, "text_dim": 8}
     texts = lambda *captions: torch.stack([(1.0 + len(c)) / 50 * torch.ones(5, 8) for c in captions])  # noqa: E731
