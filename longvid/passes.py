@@ -78,11 +78,20 @@ class Window:
     @property
     def num_ticks(self) -> int:
         """Rows of the matrix."""
-        return self.method.num_steps + self.method.lag * (self.stop - self.first - 1)
+        return self.method.num_steps + self._begins(self.stop - 1)
 
     def age(self, tick: int, block: int) -> int:
         """Ticks since the block's first pass: its step while below `num_steps`; negative before it enters."""
-        return tick - self.method.lag * (block - self.first) if block >= self.first else self.method.num_steps + 1
+        return tick - self._begins(block) if block >= self.first else self.method.num_steps + 1
+
+    def _begins(self, block: int) -> int:
+        """The tick of a block's first pass."""
+        return self.method.lag * (block - self.first) + (self._delay if block > self.first else 0)
+
+    @property
+    def _delay(self) -> int:
+        """Ticks by which all others begin later than by the lag alone, for the sake of a video's first block."""
+        return max(0, self.method.first_lag - self.method.lag) if self.first == 0 else 0
 
     def active(self, tick: int) -> list[int]:
         """Blocks that take a step in this tick, oldest first."""
@@ -92,13 +101,16 @@ class Window:
         """Blocks that took their last step in the tick before."""
         return [b for b in self._entered(tick) if self.age(tick, b) == self.method.num_steps]
 
-    def _entered(self, tick: int) -> range:
+    def _entered(self, tick: int) -> list[int]:
         """Blocks that have begun by this tick, without those that finished before the tick before."""
-        lag = self.method.lag
-        if not lag:
-            return range(self.first, self.stop)
-        oldest, newest = (tick - self.method.num_steps + lag - 1) // lag, tick // lag
-        return range(self.first + max(oldest, 0), min(self.first + newest + 1, self.stop))
+        num_steps, lag = self.method.num_steps, self.method.lag
+        first = [self.first] if tick <= num_steps else []
+        tick -= self._delay
+        if tick < 0:
+            return first
+        newest = tick // lag if lag else self.stop
+        oldest = (tick - num_steps + lag - 1) // lag if lag else 0
+        return [*first, *range(self.first + max(oldest, 1), min(self.first + newest + 1, self.stop))]
 
     def tail(self, block: int, count: int) -> Iterator[tuple[int, int, int]]:
         """The `count` latents before `block`, nearest first, as (block, start, stop)."""

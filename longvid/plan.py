@@ -69,16 +69,20 @@ def num_latents_of(num_frames: int) -> int:
     return (num_frames - 1) // 4 + 1
 
 
-def rolling_steps(num_blocks: int, num_steps: int, lag: int, num_ready: int = 0) -> list[tuple[int, ...]]:
+def rolling_steps(
+    num_blocks: int, num_steps: int, lag: int, num_ready: int = 0, first_lag: int = 0
+) -> list[tuple[int, ...]]:
     """Steps each block has taken before each tick, and after the last one: a row per tick.
 
     `step(tick, block) = clamp(tick - lag * block, 0, num_steps)`, blocks counted after the ready ones, which stand at
-    `num_steps` from the start. Equal to SkyReels-V2's timestep matrix with `ar_step = lag`.
+    `num_steps` from the start. Equal to SkyReels-V2's timestep matrix with `ar_step = lag`. Where `first_lag` is more
+    than the lag and nothing is ready, all blocks but the first come later by the difference.
     """
-    waiting = range(num_blocks - num_ready)
-    ticks = range(num_steps + lag * (len(waiting) - 1) + 1 if waiting else 1)
+    delay = 0 if num_ready else max(0, first_lag - lag)
+    begins = [lag * block + (delay if block else 0) for block in range(num_blocks - num_ready)]
+    ticks = range(num_steps + begins[-1] + 1 if begins else 1)
     ready = (num_steps,) * num_ready
-    return [ready + tuple(min(max(tick - lag * block, 0), num_steps) for block in waiting) for tick in ticks]
+    return [ready + tuple(min(max(tick - begin, 0), num_steps) for begin in begins) for tick in ticks]
 
 
 def cut_into_blocks(num_latents: int, first: int, size: int) -> tuple[int, ...]:

@@ -18,11 +18,12 @@ def rolling(
     """Ours: the rolling queue, causal, for models trained block-causally with staircases of levels.
 
     A block sees the video's first latent and the 6 before itself, noisy neighbours and clean history alike. The first
-    block is the first latent alone, a single frame to the VAE: what to show is settled there, how it moves after.
+    block is the first latent alone, a single frame to the VAE, and it is clean before another begins: what to show is
+    settled there, how it moves after.
     """
     return Method(
         name="rolling", kind=Kind.CAUSAL, block_size=block_size, first_block_size=1, num_steps=num_steps,
-        lag=lag, solver=Solver.UNIPC, level_rule=LevelRule.UNIFORM, flow_shift=flow_shift,
+        lag=lag, first_lag=num_steps, solver=Solver.UNIPC, level_rule=LevelRule.UNIFORM, flow_shift=flow_shift,
         guidance_scale=guidance_scale, sink=1, history=6, left=6, max_keys=7 + block_size, retire=True,
     )  # fmt: skip
 

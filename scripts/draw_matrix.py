@@ -6,7 +6,7 @@ y is ticks downwards; a cell in the queue (it takes a step in this tick) is larg
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longvid.plan import Plan, make_plan
@@ -42,8 +42,8 @@ class Grid:
 
 
 def small_plan(lag: int) -> Plan:
-    """The preset `rolling` at another lag, with few steps and evenly spaced levels."""
-    method = rolling(num_steps=NUM_STEPS, lag=lag, flow_shift=1.0)
+    """The preset `rolling` at another lag, that of the first block included, few steps, evenly spaced levels."""
+    method = replace(rolling(num_steps=NUM_STEPS, lag=lag, flow_shift=1.0), first_lag=0)
     return make_plan(method, method.first_block_size + (NUM_BLOCKS - 1) * method.block_size)
 
 

@@ -80,6 +80,24 @@ def test_matrix_starts_all_noise_and_ends_all_clean_and_nobody_overtakes():
         assert all(gap == lag for row in busy for gap in row)
 
 
+def test_with_a_first_lag_all_others_come_later_and_nobody_overtakes():
+    rows = rolling_steps(4, num_steps=3, lag=1, first_lag=3)
+    assert rows == [
+        (0, 0, 0, 0), (1, 0, 0, 0), (2, 0, 0, 0), (3, 0, 0, 0), (3, 1, 0, 0), (3, 2, 1, 0), (3, 3, 2, 1), (3, 3, 3, 2),
+        (3, 3, 3, 3),
+    ]  # fmt: skip
+    assert rolling_steps(4, 3, 1, 1, first_lag=3) == rolling_steps(4, 3, 1, 1), "what is ready needs no time"
+    assert rolling_steps(4, 3, 2, first_lag=1) == rolling_steps(4, 3, 2)
+    for num_blocks, num_steps, lag, _ in random_matrices(100):
+        for first_lag in {0, num_steps // 2, num_steps}:
+            rows = rolling_steps(num_blocks, num_steps, lag, first_lag=first_lag)
+            assert all(left >= right for row in rows for left, right in pairwise(row))
+            assert (rows[0], rows[-1]) == ((0,) * num_blocks, (num_steps,) * num_blocks)
+            assert [row[1:] for row in rows if len(row) > 1 and row[1]] == [
+                row[1:] for row in rolling_steps(num_blocks, num_steps, lag) if len(row) > 1 and row[1]
+            ], "what the others do among themselves is as before"
+
+
 # Plans, carried out on names ------------------------------------------------------------------------------------------
 
 
@@ -183,7 +201,7 @@ def hold(plan: Plan) -> Run:
     assert run.emitted == list(made) and run.steps == [num_steps] * num_blocks
     assert not run.cache and not run.latents and run.dropped == set(range(num_blocks))
     if not plan.method.window:
-        rows = rolling_steps(num_blocks, num_steps, plan.method.lag, plan.num_ready)
+        rows = rolling_steps(num_blocks, num_steps, plan.method.lag, plan.num_ready, plan.method.first_lag)
         assert run.rows == dict(enumerate(rows[:-1])), "the plan walks down the matrix, tick by tick"
     return run
 
@@ -194,8 +212,10 @@ def random_method(rng: Random) -> Method:
     window = rng.randint(1, 30) if kind is Kind.JOINT and rng.random() < 0.5 else 0
     return Method(
         name="random", kind=kind, block_size=size, first_block_size=rng.randint(1, 12), num_steps=num_steps,
-        lag=rng.choice([0, 1, num_steps, rng.randint(0, num_steps)]), solver=rng.choice(list(Solver)),
-        level_rule=LevelRule.UNIFORM, flow_shift=3.0, guidance_scale=rng.choice([1.0, 4.0]),
+        lag=rng.choice([0, 1, num_steps, rng.randint(0, num_steps)]),
+        first_lag=0 if window else rng.choice([0, num_steps, rng.randint(0, num_steps)]),
+        solver=rng.choice(list(Solver)), level_rule=LevelRule.UNIFORM, flow_shift=3.0,
+        guidance_scale=rng.choice([1.0, 4.0]),
         sink=rng.choice([0, 3, rng.randint(0, 9)]), history=rng.choice([0, rng.randint(1, 20)]),
         left=rng.choice([0, rng.randint(1, reach)]), right=rng.choice([0, rng.randint(1, reach)]),
         max_keys=rng.choice([0, rng.randint(size + 1, 30)]), retire=rng.random() < 0.6,
@@ -250,7 +270,7 @@ def test_memory_does_not_grow_with_length(name):
 
 def test_features_are_held_only_until_they_are_read_for_the_last_time_as_they_are():
     """Those of noisy blocks serve their neighbours within a tick; between ticks there are the sink's and clean ones."""
-    plan = make_plan(make_method("rolling", num_steps=4, guidance_scale=1.0), 40)
+    plan = make_plan(replace(make_method("rolling", num_steps=4, guidance_scale=1.0), first_lag=0), 40)
     held, between = set(), {}
     for p, after in pairwise(plan.passes):
         held = (held | {piece.block for piece in p.writes}) - set(p.frees)
@@ -272,11 +292,11 @@ def test_ready_blocks_are_at_most_read():
 
 
 def test_a_block_leaves_with_its_last_step():
-    """One row of the queue: the head leaves in the pass of its last step, one tick after the block before it."""
+    """The head leaves in the pass of its last step: the first alone, the others one tick after the one before."""
     plan = make_plan(make_method("rolling", num_steps=4, guidance_scale=1.0), 28)
     left = {block: p.tick for p in plan.passes for block in p.emits}
-    assert left == {block: block + 3 for block in range(10)}
-    sync = make_plan(replace(plan.method, lag=0), 28)
+    assert left == {0: 3} | {block: block + 6 for block in range(1, 10)}
+    sync = make_plan(replace(plan.method, lag=0, first_lag=0), 28)
     ends = defaultdict(list)
     for p in sync.passes:
         ends[p.tick].extend(p.emits)

@@ -122,7 +122,8 @@ def test_plans_are_printed(longvid, here, name, image):
     sizes, ready = plan["block_sizes"], plan["num_ready"]
     assert (plan["num_frames"], plan["num_latents"], sum(sizes)) == (33, num_latents_of(33), num_latents_of(33))
     assert ready == image and (sizes[0] == 1 or not image)
-    assert plan["matrix"] == [list(row) for row in rolling_steps(len(sizes), 4, plan["method"]["lag"], ready)]
+    lags = plan["method"]["lag"], ready, plan["method"]["first_lag"]
+    assert plan["matrix"] == [list(row) for row in rolling_steps(len(sizes), 4, *lags)]
     assert len(plan["levels"]) == len(plan["timesteps"]) == 5
     assert [block for p in plan["passes"] for block in p["emits"]] == list(range(ready, len(sizes)))
 
