@@ -168,11 +168,13 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
 
 
 def choose_vae_dtype(device: str, vae_dtype: str | None) -> str:
-    """float32, as Wan's VAE is released, but on a CPU whose matrix units take bfloat16 (AMX): twice as fast there."""
+    """float32, as Wan's VAE is released, but on a CPU that multiplies bfloat16: 1.9 times as fast with AMX, 1.4 with
+    AVX-512 BF16."""
     if vae_dtype is None and device == "cpu":
         import torch
 
-        vae_dtype = "bfloat16" if torch.cpu._is_amx_tile_supported() else None
+        takes_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        vae_dtype = "bfloat16" if takes_bfloat16 else None
     return _dtype("vae_dtype", vae_dtype or "float32")
 
 
