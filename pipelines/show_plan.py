@@ -29,7 +29,9 @@ def matrix_rows(plan: Plan) -> list[list[int]]:
 def plan_text(plan: Plan) -> Iterator[str]:
     """Lines of text for people."""
     method = plan.method
-    yield f"method {method.name}: {method.kind}, {method.num_steps} steps, lag {method.lag}, {method.num_lanes} lanes"
+    first = f" (of the first block {method.first_lag})" if method.first_lag > method.lag and not plan.num_ready else ""
+    lags = f"lag {method.lag}{first}"
+    yield f"method {method.name}: {method.kind}, {method.num_steps} steps, {lags}, {method.num_lanes} lanes"
     if plan.num_videos > 1:
         yield f"{plan.num_videos} videos; block b of video v, from 0, is number {plan.num_videos} b + v; together"
     yield f"{plan.num_frames} frames = {plan.num_latents} latents in blocks of {_runs(plan.block_sizes)}"

@@ -128,6 +128,7 @@ def test_plans_are_printed(longvid, here, name, image):
     assert [block for p in plan["passes"] for block in p["emits"]] == list(range(ready, len(sizes)))
 
     lines = text.out.splitlines()
+    assert ("(of the first block 4)" in lines[0]) == (name in ("rolling", "rolling-fast") and not image)
     assert lines[0].startswith(f"method {name}: ") and "33 frames = 9 latents" in lines[1]
     rows = [list(map(int, line.split("|")[1].split())) for line in lines if "|" in line]
     assert rows == plan["matrix"] and f"matrix: {len(rows)} rows" in text.out
