@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longvid.models.vae import VAE
-from longvid.types import Video
+from longvid.types import Latents, Video
 from pipelines.optimise import LoopConfig, optimise
 from pipelines.train_vae import film_crops
 
@@ -37,13 +37,18 @@ class DecoderTraining:
 
 
 def decoder_loss(
-    vae: VAE, video: Video, past: int, config: DecoderTraining, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """L1 and L2 on pixels, and L1 on their change, of a video's frames from the latent `past` on."""
+    vae: VAE, video: Video, past: int, config: DecoderTraining, generator: torch.Generator | None,
+    latents: Latents | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """L1 and L2 on pixels, and L1 on their change, of a video's frames from the latent `past` on.
+
+    `latents` are the video's, where they are known. Without a generator noise is drawn on the video's device.
+    """
+    place = {"generator": generator} if generator else {"device": video.device}
     with torch.autocast(video.device.type, torch.bfloat16):
-        z, _ = vae.encode(video)
-        share = config.worst_noise * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
-        z = z + share * torch.randn(z.shape, generator=generator)
+        z = vae.encode(video)[0] if latents is None else latents
+        share = config.worst_noise * torch.rand(len(z), 1, 1, 1, 1, **place)
+        z = z + share * torch.randn(z.shape, **place)
         state = vae.decode(z[:, :, :past])[1] if past else None
         output = vae.reconstruct(vae.denormalised(z[:, :, past:]), state)
     target = video[:, :, video.shape[2] - output.shape[2] :]

@@ -105,7 +105,7 @@ def rotate(x: Tensor, turn: Rotation, start: int = 0) -> Tensor:
     (-b, a) by a product that is exact, since numbers that lie apart in memory are slow to a CPU.
     """
     stop = start + x.shape[1]
-    if x.requires_grad:
+    if turn.quarter is not None:
         turned = (x @ turn.quarter.type_as(x)).float()
         return (x.float() * turn.cos[start:stop] + turned * turn.sin[start:stop]).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))

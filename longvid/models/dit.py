@@ -317,8 +317,8 @@ class DiT(nn.Module):
         A part without the first layer takes hidden states (b, f, h, w, d), one without the last gives them.
         `timesteps` are 1000 sigma per latent. `fps` matters only to models with an fps embedding (16, or anything
         else: SkyReels-V2 DF-1.3B). Without `keep` the features are dropped layer by layer and none are given: all of a
-        joint window of a 14B model would be 42 GB. `mask` (latents, latents), True where one may see another, is for
-        training; inference needs none. With an `exchange` the latents (hidden states) are some rows of all, and so is
+        joint window of a 14B model would be 42 GB. `mask` (latents, latents), True where one may see another, or a
+        bias of scores that broadcasts to (b, n, tokens, tokens), is for training; inference needs none. With an `exchange` the latents (hidden states) are some rows of all, and so is
         what comes out; features are of some heads.
         """
         if self.is_first:
@@ -328,7 +328,7 @@ class DiT(nn.Module):
         seen = sum(next(iter(part.values())).keys.shape[1] for part in context if part)
         turn = rotation(f + seen, exchange.num_rows(h), w, self.config.attention_head_dim, x.device,
                         torch.is_grad_enabled())  # fmt: skip
-        visible = None if mask is None else visible_in(mask, h * w, x.device)
+        visible = visible_in(mask, h * w, x.device) if mask is not None and mask.dtype == torch.bool else mask
         features = {}
         for i in self.layers:
             before, after = context.before.get(i), context.after.get(i)
