@@ -215,6 +215,7 @@ class Data:
         self.no_text = text("").to(DEVICE).bfloat16()
         causal, joint = (hidden(mask) for mask in (block_causal_mask(BLOCKS), torch.ones(10, 10, dtype=torch.bool)))
         self.long_mask = torch.stack([causal] * sizes.long + [joint] * sizes.joint)[:, None]
+        self.blocks = torch.repeat_interleave(torch.arange(len(BLOCKS)), torch.tensor(BLOCKS)).to(DEVICE)
         self.openings_mask = hidden(block_causal_mask(BLOCKS[:2]))
 
     def pictures(self) -> tuple[Batch, Tensor]:
@@ -246,7 +247,7 @@ class Data:
 
     def _batch(self, clean: Tensor, levels: Tensor, sizes: tuple[int, ...], mask: Tensor | None) -> Batch:
         levels = self.shift * levels / (1 + (self.shift - 1) * levels)
-        levels = levels[:, [i for i, size in enumerate(sizes) for _ in range(size)]]
+        levels = levels.index_select(1, self.blocks[: sum(sizes)])
         return Batch(clean=clean, captions=[], levels=levels, counts=levels > CLEAN, mask=mask)
 
     def without_text(self, states: Tensor) -> Tensor:
@@ -362,7 +363,7 @@ class StackedMuon:
         """One step at a learning rate, a tensor without axes."""
         for some, kept in self.groups:
             shape = kept.shape[1:]
-            gradient = torch.stack([p.grad.view(shape) for p in some])
+            gradient = torch.stack([p.grad.reshape(shape) for p in some])
             kept.lerp_(gradient, 1 - self.momentum)
             update = orthogonal(gradient.lerp(kept, self.momentum)) * (rate * 0.2 * max(shape) ** 0.5)
             torch._foreach_mul_(some, 1 - rate * self.weight_decay)
