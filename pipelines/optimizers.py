@@ -105,14 +105,20 @@ def share_at(step: int, config: LoopConfig) -> float:
     return warmed_cosine(step, config)
 
 
+NOT_MATRICES = ("gamma", "scale_shift_table", "embedding", "shared", "relative_attention_bias", "queries")
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon moves a parameter: a matrix, or a kernel that can be flattened to one."""
+    return parameter.ndim >= 2 and parameter[0].numel() > 1 and not any(part in name for part in NOT_MATRICES)
+
+
 class Optimizers:
     """Muon over flattened views of the matrices, AdamW over everything else; both step together."""
 
-    NOT_MATRICES = ("gamma", "scale_shift_table", "embedding", "shared", "relative_attention_bias", "queries")
-
     def __init__(self, model: nn.Module, config: LoopConfig):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        wide = [p.ndim >= 2 and p[0].numel() > 1 and not any(k in n for k in self.NOT_MATRICES) for n, p in named]
+        wide = [is_matrix(name, p) for name, p in named]
         self.matrices = [p for (_, p), is_wide in zip(named, wide, strict=True) if is_wide]
         rest = [p for (_, p), is_wide in zip(named, wide, strict=True) if not is_wide]
         self.flat = [nn.Parameter(p.data.view(p.shape[0], -1)) for p in self.matrices]

@@ -37,7 +37,7 @@ class DecoderTraining:
 
 
 def decoder_loss(
-    vae: VAE, video: Video, past: int, config: DecoderTraining, generator: torch.Generator | None,
+    vae: VAE, video: Video, past: int, config: DecoderTraining, generator: torch.Generator | None = None,
     latents: Latents | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """L1 and L2 on pixels, and L1 on their change, of a video's frames from the latent `past` on.

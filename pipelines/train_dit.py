@@ -26,7 +26,7 @@ from longvid.models.dit import SKYREELS, DiT, DiTConfig
 from longvid.multitask import Multitask
 from longvid.types import Latents, Levels, Text
 from longvid.weighting import first_latent_weight
-from pipelines.film_latents import BLOCK, LONG, OPENINGS, PICTURES, SINK, FilmLatents
+from pipelines.film_latents import BLOCK, CLIP, LONG, OPENINGS, PICTURES, SINK, FilmLatents
 from pipelines.memory import checkpoint_layers
 from pipelines.objective import Objective, WithUncertainty, combined_loss, edges_at, measured_edges
 from pipelines.optimise import Check, Engine, LoopConfig, alone, optimise
@@ -40,6 +40,9 @@ TINY_DIT = DiTConfig(
 
 COPIES = 4
 """Levels of noise at which a picture is seen in one step, its text being read once."""
+
+CLIP_BLOCKS = (SINK, *(BLOCK,) * (CLIP // BLOCK))
+"""Latents of each block of a long clip."""
 
 CLEAN = 0.06
 """Shifted level up to which a latent counts as context: its velocity is not asked for."""
@@ -147,22 +150,10 @@ def picture_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLate
 
 
 def opening_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents) -> Batch:
-    """A first block of one latent and the next, mostly with the first one clean or nearly so."""
+    """A first block of one latent and the next."""
     clean, captions = films.sample(rng, config.films_per_clip * config.loop.batch_size)
-    sizes = (1, clean.shape[2] - 1)
-    rows = []
-    for _ in range(len(clean)):
-        kind = rng.uniform()
-        if config.levels is LevelSampler.SYNC:
-            levels = draw_levels(config.levels, rng, 2)
-        elif kind < 0.55:
-            levels = np.array([rng.uniform(0, 0.05) if rng.uniform() < 0.6 else 0.0, rng.uniform()])
-        elif kind < 0.8:
-            levels = draw_levels(config.levels, rng, 2)
-        else:
-            level = rng.uniform()
-            levels = np.array([level, min(1.0, level + 1 / 16)])
-        rows.append(per_latent(levels, sizes, config.shift))
+    sizes = CLIP_BLOCKS[:2]
+    rows = [per_latent(opening_levels(rng, config.levels), sizes, config.shift) for _ in range(len(clean))]
     levels = torch.stack(rows)
     mask = block_causal_mask(sizes)
     return Batch(clean=clean, captions=captions, levels=levels, counts=levels > CLEAN, mask=mask)
@@ -174,23 +165,38 @@ def long_batch(rng: np.random.Generator, config: DiTTraining, films: FilmLatents
     After a gap the first block of the run is context alone: at inference none sees the sink and a gap and no past.
     """
     clean, captions, has_gap = films.sample_runs(rng, config.loop.batch_size)
-    sizes = (SINK, *(BLOCK,) * ((clean.shape[2] - SINK) // BLOCK))
+    sizes = CLIP_BLOCKS
     is_mixed = config.levels is LevelSampler.STAIRCASE and rng.uniform() >= config.staircase_share
     sampler = LevelSampler.IID if is_mixed else config.levels
-    rows = []
-    for _ in range(len(clean)):
-        if sampler is LevelSampler.SYNC or rng.uniform() < config.start_share:
-            levels = draw_levels(sampler, rng, len(sizes))
-        else:
-            num_clean = int(rng.integers(1, len(sizes)))
-            levels = np.concatenate([np.zeros(num_clean), draw_levels(sampler, rng, len(sizes) - num_clean)])
-        rows.append(per_latent(soil(rng, levels, config.worst_context), sizes, config.shift))
+    rows = [per_latent(clip_levels(rng, sampler, config), sizes, config.shift) for _ in range(len(clean))]
     levels = torch.stack(rows)
     counts = levels > CLEAN
     counts[has_gap, : SINK + BLOCK] = False
     is_joint = rng.uniform() < config.joint_share
     mask = None if is_joint else block_causal_mask(sizes)
     return Batch(clean=clean, captions=captions, levels=levels, counts=counts, mask=mask)
+
+
+def opening_levels(rng: np.random.Generator, sampler: LevelSampler) -> np.ndarray:
+    """Levels of a first block and the next, (2,), before the shift: mostly with the first one clean or nearly so."""
+    kind = rng.uniform()
+    if sampler is LevelSampler.SYNC or 0.55 <= kind < 0.8:
+        return draw_levels(sampler, rng, 2)
+    if kind < 0.55:
+        return np.array([rng.uniform(0, 0.05) if rng.uniform() < 0.6 else 0.0, rng.uniform()])
+    level = rng.uniform()
+    return np.array([level, min(1.0, level + 1 / 16)])
+
+
+def clip_levels(rng: np.random.Generator, sampler: LevelSampler, config: DiTTraining) -> np.ndarray:
+    """Levels of a long clip's blocks, (len(CLIP_BLOCKS),), before the shift: mostly some clean ones come first."""
+    count = len(CLIP_BLOCKS)
+    if sampler is LevelSampler.SYNC or rng.uniform() < config.start_share:
+        levels = draw_levels(sampler, rng, count)
+    else:
+        num_clean = int(rng.integers(1, count))
+        levels = np.concatenate([np.zeros(num_clean), draw_levels(sampler, rng, count - num_clean)])
+    return soil(rng, levels, config.worst_context)
 
 
 def latent_errors(
@@ -229,9 +235,8 @@ class Teacher:
     no_text: Text
     scale: float
 
-    @torch.no_grad()
     def __call__(self, batch: Batch, noisy: Latents, text: Text, *, dtype: str, fps: int) -> Latents:
-        """The guided velocity of a batch's clips (b, c, f, h, w) with noise."""
+        """The guided velocity of a batch's clips (b, c, f, h, w) with noise; no gradient, as its weights need none."""
         without = self.no_text.to(noisy.device).expand(len(text), -1, -1)
         v_uncond, v_cond = (velocity_of(self.dit, batch, noisy, states, dtype=dtype, fps=fps)
                             for states in (without, text))  # fmt: skip
@@ -252,9 +257,9 @@ def train_dit(
     teacher = None
     if config.teacher_guidance:
         frozen = deepcopy(dit).requires_grad_(False).to(config.device)
-        _prepare(frozen, replace(config, checkpointing=False))
+        prepare(frozen, replace(config, checkpointing=False))
         teacher = Teacher(dit=frozen, no_text=text(""), scale=config.teacher_guidance)
-    _prepare(dit, config)
+    prepare(dit, config)
     first_weight = torch.ones(dit.config.in_channels)
     if objective.balance_first:
         first_weight = first_latent_weight(films[LONG.name].latents[:MEASURED_FILMS].float())
@@ -325,8 +330,8 @@ def new_dit(config: DiTTraining) -> DiT:
     return dit
 
 
-def _prepare(dit: DiT, config: DiTTraining) -> None:
-    """Let its layers be compiled, or computed twice, if that is asked for."""
+def prepare(dit: DiT, config: DiTTraining) -> None:
+    """Let the model's layers be compiled, or computed twice, if that is asked for."""
     if config.checkpointing:
         checkpoint_layers(dit)
     if config.compile:

@@ -1,0 +1,189 @@
+"""Encoded films that stay on the device, with their text: what the DiT sees in a step is drawn there, by index.
+
+The same three kinds of batches as `pipelines/train_dit.py` makes on the host, all of them in every step. Nothing is
+read from the device or sent to it, so a step can be a CUDA graph.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longvid.flow import add_noise
+from longvid.levels import LevelSampler, block_causal_mask
+from longvid.models.dit import DiT
+from longvid.models.text import TextEncoder
+from longvid.types import Latents, Text
+from pipelines.film_latents import BLOCK, CLIP, LONG, OPENINGS, PICTURES, RUN, SINK
+from pipelines.train_dit import (
+    CLEAN,
+    CLIP_BLOCKS,
+    COPIES,
+    Batch,
+    DiTTraining,
+    Teacher,
+    clip_levels,
+    latent_errors,
+    opening_levels,
+    velocity_of,
+)
+
+TOKENS_PER_LATENT = 64
+ROWS = 20_000
+"""Rows of levels that are drawn once, of which a step takes any."""
+READ_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """What a step holds: films whose first latent is seen at `COPIES` levels, openings, and long clips of both masks.
+
+    `weights` are those of the losses of pictures, openings and long clips. `recalled_share` of the long clips see their
+    context as a model makes it out.
+    """
+
+    pictures: int = 128
+    openings: int = 64
+    causal: int = 64
+    joint: int = 8
+    weights: tuple[float, float, float] = (0.3, 0.2, 0.5)
+    recalled_share: float = 0.25
+
+    def scaled(self, scale: float) -> "StepSizes":
+        """The same with so many times as much."""
+        names = ("pictures", "openings", "causal", "joint")
+        return replace(self, **{name: max(1, round(scale * getattr(self, name))) for name in names})
+
+
+class FilmSetOnDevice:
+    """Latents (films, c, f, h, w), bfloat16, and text states of several captions each (films, captions, tokens, d)."""
+
+    def __init__(self, found: Mapping, encoder: TextEncoder, device: str):
+        self.latents = found["latents"].to(device)
+        self.is_cut = found["is_cut"].to(device)
+        captions = [text for some in found["captions"] for text in some]
+        states = [read(encoder, captions[i : i + READ_AT_ONCE]) for i in range(0, len(captions), READ_AT_ONCE)]
+        self.states = torch.cat(states).unflatten(0, (len(self.latents), -1))
+
+    def draw(self, count: int) -> tuple[Tensor, Latents, Text]:
+        """Indices of some films, their latents in float32 and the text states of one caption each."""
+        device = self.latents.device
+        film = torch.randint(len(self.latents), (count,), device=device)
+        which = torch.randint(self.states.shape[1], (count,), device=device)
+        return film, self.latents[film].float(), self.states[film, which]
+
+
+@torch.no_grad()
+def read(encoder: TextEncoder, captions: list[str]) -> Text:
+    """Text states in bfloat16; the bytes that ByT5's tokenizer gives, without its minutes for a million captions."""
+    device, length = encoder.encoder.device, encoder.max_length
+    ids = np.zeros((len(captions), length), np.int64)
+    for row, text in zip(ids, captions, strict=True):
+        known = np.frombuffer(text.encode(), np.uint8)[: length - 1]
+        row[: len(known)] = known + 3
+        row[len(known)] = 1
+    ids = torch.from_numpy(ids).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        states = encoder.encoder(ids, (ids > 0).long()).last_hidden_state
+    return (states * (ids > 0)[..., None]).bfloat16()
+
+
+class ResidentFilms:
+    """Draws batches of each kind, with the text states of their clips."""
+
+    def __init__(self, sets: Mapping[str, Mapping], encoder: TextEncoder, config: DiTTraining, sizes: StepSizes):
+        device = config.device
+        self.config, self.sizes = config, sizes
+        self.sets = {name: FilmSetOnDevice(found, encoder, device) for name, found in sets.items()}
+        self.no_text = encoder("").to(device).bfloat16()
+        rng = np.random.default_rng(config.loop.seed)
+        mixed = [LevelSampler.IID if rng.uniform() >= config.staircase_share else config.levels for _ in range(ROWS)]
+        self.clip_rows = _to_device([clip_levels(rng, sampler, config) for sampler in mixed], device)
+        self.opening_rows = _to_device([opening_levels(rng, config.levels) for _ in range(ROWS)], device)
+        block = torch.repeat_interleave(torch.arange(len(CLIP_BLOCKS)), torch.tensor(CLIP_BLOCKS))
+        self.block = block.to(device)
+        self.opening_mask = bias(block_causal_mask(CLIP_BLOCKS[:2])).to(device)
+        masks = (bias(block_causal_mask(CLIP_BLOCKS)), bias(torch.ones(len(block), len(block), dtype=torch.bool)))
+        counts = (sizes.causal, sizes.joint)
+        self.clip_mask = torch.cat([m.repeat(n, 1, 1, 1) for m, n in zip(masks, counts, strict=True)]).to(device)
+
+    def pictures(self) -> tuple[Batch, Text]:
+        """First latents, each at levels that are spread evenly."""
+        _, clean, states = self.sets[PICTURES.name].draw(self.sizes.pictures)
+        spread = torch.arange(COPIES, device=clean.device) + torch.rand(len(clean), COPIES, device=clean.device)
+        clean = clean.repeat_interleave(COPIES, 0)
+        return self._batch(clean, (spread / COPIES).view(-1, 1), None), self._some_dropped(states)
+
+    def openings(self) -> tuple[Batch, Text]:
+        """A first block and the next."""
+        _, clean, states = self.sets[OPENINGS.name].draw(self.sizes.openings)
+        return self._batch(clean, _any(self.opening_rows, len(clean)), self.opening_mask), self._some_dropped(states)
+
+    def clips(self) -> tuple[Batch, Text]:
+        """Sink, often a gap, and run; the last ones attend jointly."""
+        films, count = self.sets[LONG.name], self.sizes.causal + self.sizes.joint
+        film, latents, states = films.draw(count)
+        device = latents.device
+        offset = torch.randint(1, RUN - CLIP + 1, (count,), device=device)
+        offset = torch.where(torch.rand(count, device=device) < 0.7, 0, offset)
+        place = SINK + offset[:, None] + torch.arange(CLIP, device=device)
+        place = place[:, None, :, None, None].expand(-1, latents.shape[1], -1, *latents.shape[3:])
+        clean = torch.cat([latents[:, :, :SINK], latents.gather(2, place)], 2)
+        batch = self._batch(clean, _any(self.clip_rows, count), self.clip_mask)
+        batch.counts[:, : SINK + BLOCK] &= ~((offset > 0) | films.is_cut[film])[:, None]
+        return batch, self._some_dropped(states)
+
+    def _batch(self, clean: Latents, rows: Tensor, mask: Tensor | None) -> Batch:
+        shift = self.config.shift
+        levels = (shift * rows / (1 + (shift - 1) * rows)).index_select(1, self.block[: clean.shape[2]])
+        return Batch(clean=clean, captions=[], levels=levels, counts=levels > CLEAN, mask=mask)
+
+    def _some_dropped(self, states: Text) -> Text:
+        is_dropped = torch.rand(len(states), 1, 1, device=states.device) < self.config.drop_text
+        return torch.where(is_dropped, self.no_text, states)
+
+
+def bias(mask: Tensor) -> Tensor:
+    """What attention adds to scores (1, 1, tokens, tokens), bfloat16, for a mask of latents that is True where one may
+    see another."""
+    seen = mask.repeat_interleave(TOKENS_PER_LATENT, 0).repeat_interleave(TOKENS_PER_LATENT, 1)
+    return torch.zeros(1, 1, *seen.shape, dtype=torch.bfloat16).masked_fill(~seen, float("-inf"))
+
+
+def step_loss(dit: DiT, films: ResidentFilms, recaller: DiT, teacher: Teacher | None) -> Tensor:
+    """The loss of a step: the three kinds' means over the latents that count, weighted."""
+    config, sizes, total = films.config, films.sizes, 0.0
+    first_weight = torch.ones(dit.config.in_channels, device=films.no_text.device)
+    for kind, weight in zip((films.pictures, films.openings, films.clips), sizes.weights, strict=True):
+        batch, states = kind()
+        if kind == films.clips and sizes.recalled_share:
+            batch = recalled(batch, states, recaller, config, sizes.recalled_share)
+        errors, counts, _ = latent_errors(dit, batch, states, torch.randn_like(batch.clean), first_weight,
+                                          dtype=config.dtype, fps=config.fps, teacher=teacher)  # fmt: skip
+        total = total + weight * (errors * counts).sum() / counts.sum().clamp(min=1)
+    return total
+
+
+def recalled(batch: Batch, states: Text, dit: DiT, config: DiTTraining, share: float) -> Batch:
+    """The batch, in a share of whose clips the context is as a model makes it out in one step from noise.
+
+    What a model has made is never quite right, and what goes on from it should not go on with its mistakes. `dit` has
+    no gradient.
+    """
+    level = 0.2 + 0.6 * torch.rand(len(batch.clean), 1, device=batch.clean.device)
+    levels = level.expand_as(batch.levels)
+    noisy = add_noise(batch.clean, torch.randn_like(batch.clean), levels)
+    velocity = velocity_of(dit, replace(batch, levels=levels), noisy, states, dtype=config.dtype, fps=config.fps)
+    is_chosen = (torch.rand(len(batch.clean), 1, device=batch.clean.device) < share) & (batch.levels <= CLEAN)
+    guess = noisy - level[:, None, :, None, None] * velocity
+    return replace(batch, clean=torch.where(is_chosen[:, None, :, None, None], guess, batch.clean))
+
+
+def _to_device(rows: list[np.ndarray], device: str) -> Tensor:
+    return torch.from_numpy(np.stack(rows)).float().to(device)
+
+
+def _any(rows: Tensor, count: int) -> Tensor:
+    return rows[torch.randint(len(rows), (count,), device=rows.device)]
