@@ -29,9 +29,9 @@ class Method:
 
     `sink`, `history`, `left` and `right` bound the context: the video's first latents, clean latents directly before,
     latents of cleaner neighbours still in the queue, latents of the noisier neighbour. `max_keys` bounds what one
-    attention sees in all (0: no bound): the context shrinks until it fits beside the pass. `first_lag`, where it is
-    above `lag`, is the lag between a video's first block and the second: with `num_steps` the first is clean before
-    another begins, like an image that a video starts from. `window` > 0 cuts the video into windows that each run a
+    attention sees in all (0: no bound): the context shrinks until it fits beside the pass. With `first_steps` a
+    video's first block is made in so many steps of its own before another begins, like an image that a video starts
+    from; with 0 it is a block as the others. `window` > 0 cuts the video into windows that each run a
     matrix of their own and share `overlap` clean latents with the one before; `condition_level` is the noise put on
     them.
     """
@@ -47,7 +47,7 @@ class Method:
     flow_shift: float
     guidance_scale: float
     noise: Noise = Noise.IID
-    first_lag: int = 0
+    first_steps: int = 0
     sink: int = 0
     history: int = 0
     left: int = 0
@@ -71,7 +71,7 @@ class Method:
             if not isinstance(value, names):
                 raise ValueError(f"{name}={value!r} must be a {names.__name__}: {', '.join(names)}")
         least = {"block_size": 1, "first_block_size": 1, "num_steps": 1}
-        for name in (*least, "lag", "first_lag", "sink", "history", "left", "right", "max_keys", "window", "overlap"):
+        for name in (*least, "lag", "first_steps", "sink", "history", "left", "right", "max_keys", "window", "overlap"):
             low = least.get(name, 0)
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
@@ -85,12 +85,10 @@ class Method:
 
     def _check_fit(self) -> None:
         """Raise ValueError where two numbers, each good by itself, do not go together."""
-        for name in ("lag", "first_lag"):
-            if getattr(self, name) > self.num_steps:
-                raise ValueError(f"{name}={getattr(self, name)} must be at most num_steps={self.num_steps}; "
-                                 f"try {self.num_steps}")  # fmt: skip
-        if self.window and self.first_lag:
-            raise ValueError(f"first_lag={self.first_lag} is for videos in one matrix, this has windows; try 0")
+        if self.lag > self.num_steps:
+            raise ValueError(f"lag={self.lag} must be at most num_steps={self.num_steps}; try {self.num_steps}")
+        if self.window and self.first_steps:
+            raise ValueError(f"first_steps={self.first_steps} is for videos in one matrix, this has windows; try 0")
         if self.window and self.kind is not Kind.JOINT:
             raise ValueError(f"window={self.window} is for joint passes, these are {self.kind}; try 0")
         if self.window and self.overlap >= self.window:
@@ -108,12 +106,13 @@ class Method:
         """Forwards that guidance needs: with a scale of 1 the unconditional one is not computed."""
         return 1 if self.guidance_scale == 1 else 2
 
-    def schedule(self) -> Schedule:
-        """Levels and timesteps of the steps."""
+    def schedule(self, num_steps: int = 0) -> Schedule:
+        """Levels and timesteps of the steps, or of another number of them."""
+        num_steps = num_steps or self.num_steps
         match self.level_rule:
             case LevelRule.WAN:
-                return wan_schedule(self.num_steps, self.flow_shift)
+                return wan_schedule(num_steps, self.flow_shift)
             case LevelRule.SKYREELS:
-                return skyreels_schedule(self.num_steps, self.flow_shift)
+                return skyreels_schedule(num_steps, self.flow_shift)
             case LevelRule.UNIFORM:
-                return uniform_schedule(self.num_steps, self.flow_shift)
+                return uniform_schedule(num_steps, self.flow_shift)

@@ -66,10 +66,14 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Blocks `first` to `stop` that run one matrix, after clean ones; `sizes` are those of all blocks of the video."""
+    """Blocks `first` to `stop` that run one matrix, after clean ones; `sizes` are those of all blocks of the video.
+
+    `first_schedule` is that of the video's first block, `schedule` that of all others.
+    """
 
     method: Method
     schedule: Schedule
+    first_schedule: Schedule
     sizes: tuple[int, ...]
     first: int
     stop: int
@@ -78,11 +82,19 @@ class Window:
     @property
     def num_ticks(self) -> int:
         """Rows of the matrix."""
-        return self.method.num_steps + self._begins(self.stop - 1)
+        return self.num_steps(self.stop - 1) + self._begins(self.stop - 1)
+
+    def schedule_of(self, block: int) -> Schedule:
+        """The schedule that a block walks down."""
+        return self.schedule if block else self.first_schedule
+
+    def num_steps(self, block: int) -> int:
+        """Steps of a block."""
+        return self.schedule_of(block).num_steps
 
     def age(self, tick: int, block: int) -> int:
-        """Ticks since the block's first pass: its step while below `num_steps`; negative before it enters."""
-        return tick - self._begins(block) if block >= self.first else self.method.num_steps + 1
+        """Ticks since the block's first pass: its step until it is clean; negative before it enters."""
+        return tick - self._begins(block) if block >= self.first else self.num_steps(block) + 1
 
     def _begins(self, block: int) -> int:
         """The tick of a block's first pass."""
@@ -91,20 +103,20 @@ class Window:
     @property
     def _delay(self) -> int:
         """Ticks by which all others begin later than by the lag alone, for the sake of a video's first block."""
-        return max(0, self.method.first_lag - self.method.lag) if self.first == 0 else 0
+        return self.method.first_steps - self.method.lag if self.method.first_steps and self.first == 0 else 0
 
     def active(self, tick: int) -> list[int]:
         """Blocks that take a step in this tick, oldest first."""
-        return [b for b in self._entered(tick) if self.age(tick, b) < self.method.num_steps]
+        return [b for b in self._entered(tick) if self.age(tick, b) < self.num_steps(b)]
 
     def finished(self, tick: int) -> list[int]:
         """Blocks that took their last step in the tick before."""
-        return [b for b in self._entered(tick) if self.age(tick, b) == self.method.num_steps]
+        return [b for b in self._entered(tick) if self.age(tick, b) == self.num_steps(b)]
 
     def _entered(self, tick: int) -> list[int]:
         """Blocks that have begun by this tick, without those that finished before the tick before."""
         num_steps, lag = self.method.num_steps, self.method.lag
-        first = [self.first] if tick <= num_steps else []
+        first = [self.first] if tick <= self.num_steps(self.first) else []
         tick -= self._delay
         if tick < 0:
             return first
@@ -122,12 +134,13 @@ class Window:
 
     def cover(self, tick: int, block: int, start: int = 0, stop: int = 0) -> Cover:
         """Latents of a block (all of it by default) at their present step."""
-        step = min(max(self.age(tick, block), 0), self.method.num_steps)
-        return Cover(block, step, start, stop or self.sizes[block], self.schedule.timesteps[step])
+        step, timesteps = max(self.age(tick, block), 0), self.schedule_of(block).timesteps
+        step = min(step, len(timesteps) - 1)
+        return Cover(block, step, start, stop or self.sizes[block], timesteps[step])
 
     def seen_step(self, tick: int, block: int) -> int:
         """The step at which the features of an earlier block were written, as a pass of this tick finds them."""
-        num_steps = self.method.num_steps
+        num_steps = self.num_steps(block)
         retired = self.method.retire or block < self.num_ready
         return min(self.age(tick, block), num_steps if retired else num_steps - 1)
 
@@ -164,9 +177,10 @@ def _lanes(outline: Pass, num_lanes: int) -> Iterator[Pass]:
 def _retire(window: Window, tick: int, block: int) -> Iterator[Pass]:
     """A forward of a clean block at the context level, for its features."""
     method, level = window.method, window.method.context_level
-    cover = Cover(block, method.num_steps, 0, window.sizes[block], 1000 * level, level)
+    step = window.num_steps(block)
+    cover = Cover(block, step, 0, window.sizes[block], 1000 * level, level)
     before = _look_back(window, tick, block, window.sizes[block], method.sink if method.retire_sees_sink else 0)
-    writes = (Slice(block, method.num_steps, 0, window.sizes[block]),)
+    writes = (Slice(block, step, 0, window.sizes[block]),)
     yield from _lanes(Pass(tick, 0, (cover,), before, writes=writes), method.num_lanes)
 
 
@@ -224,7 +238,7 @@ def _look_back(window: Window, tick: int, block: int, covered: int, sink: int) -
     budget = {True: method.history, False: method.left}
     run: list[Slice] = []
     for b, _, size in window.tail(block, method.history + method.left):
-        is_clean = window.age(tick, b) >= method.num_steps
+        is_clean = window.age(tick, b) >= window.num_steps(b)
         low = next((stop for anchor, _, stop in anchors if anchor == b), 0)
         taken = min(budget[is_clean], room, size - low)
         if taken:

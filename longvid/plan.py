@@ -1,7 +1,7 @@
 """A method and a length give a plan: the matrix of steps and the ordered list of passes. Plain Python, no tensor.
 
 Everything else carries the plan out; no loop elsewhere does arithmetic about who and when. Units: latents for sizes
-and context, steps for progress (0 pure noise, `num_steps` clean), ticks for rows of the matrix.
+and context, steps for progress (0 pure noise, a block's number of steps clean), ticks for rows of the matrix.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +25,7 @@ class Plan:
     block_sizes: tuple[int, ...]
     num_ready: int
     schedule: Schedule
+    first_schedule: Schedule
     passes: tuple[Pass, ...]
     num_videos: int = 1
 
@@ -32,6 +33,10 @@ class Plan:
         """The video that a block belongs to, and which of that video's blocks it is."""
         number, video = divmod(block, self.num_videos)
         return video, number
+
+    def schedule_of(self, block: int) -> Schedule:
+        """The schedule that a block walks down: a video's first block may have its own."""
+        return self.schedule if self.address(block)[1] else self.first_schedule
 
     def video(self, p: Pass) -> int:
         """The video that a pass belongs to."""
@@ -70,19 +75,22 @@ def num_latents_of(num_frames: int) -> int:
 
 
 def rolling_steps(
-    num_blocks: int, num_steps: int, lag: int, num_ready: int = 0, first_lag: int = 0
+    num_blocks: int, num_steps: int, lag: int, num_ready: int = 0, first_steps: int = 0
 ) -> list[tuple[int, ...]]:
     """Steps each block has taken before each tick, and after the last one: a row per tick.
 
     `step(tick, block) = clamp(tick - lag * block, 0, num_steps)`, blocks counted after the ready ones, which stand at
-    `num_steps` from the start. Equal to SkyReels-V2's timestep matrix with `ar_step = lag`. Where `first_lag` is more
-    than the lag and nothing is ready, all blocks but the first come later by the difference.
+    `num_steps` from the start. Equal to SkyReels-V2's timestep matrix with `ar_step = lag`. With `first_steps`, where
+    nothing is ready, the first block takes as many, and the second begins then.
     """
-    delay = 0 if num_ready else max(0, first_lag - lag)
-    begins = [lag * block + (delay if block else 0) for block in range(num_blocks - num_ready)]
-    ticks = range(num_steps + begins[-1] + 1 if begins else 1)
-    ready = (num_steps,) * num_ready
-    return [ready + tuple(min(max(tick - begin, 0), num_steps) for begin in begins) for tick in ticks]
+    num_made = num_blocks - num_ready
+    begins, ends = [lag * block for block in range(num_made)], [num_steps] * num_made
+    if first_steps and not num_ready:
+        begins = [0, *(first_steps + begin for begin in begins[: num_made - 1])]
+        ends[0] = first_steps
+    ticks = range(ends[-1] + begins[-1] + 1 if begins else 1)
+    made = list(zip(begins, ends, strict=True))
+    return [(num_steps,) * num_ready + tuple(min(max(tick - begin, 0), end) for begin, end in made) for tick in ticks]
 
 
 def cut_into_blocks(num_latents: int, first: int, size: int) -> tuple[int, ...]:
@@ -101,25 +109,29 @@ def make_plan(method: Method, num_latents: int, ready: Sequence[int] = ()) -> Pl
     if sum(ready) >= num_latents:
         raise ValueError(f"{sum(ready)} latents are there already, so {num_latents} must be more; try {sum(ready) + 1}")
     schedule = method.schedule()
+    first_schedule = schedule if ready else method.schedule(method.first_steps)
     window_sizes = list(_window_sizes(method, num_latents - sum(ready), sum(ready)))
     sizes = (*ready, *(size for window in window_sizes for size in window))
     passes: list[Pass] = []
     first, tick = len(ready), 0
     for window_blocks in window_sizes:
         stop = first + len(window_blocks)
-        window = Window(method=method, schedule=schedule, sizes=sizes, first=first, stop=stop, num_ready=len(ready))
+        window = Window(method=method, schedule=schedule, first_schedule=first_schedule, sizes=sizes, first=first,
+                        stop=stop, num_ready=len(ready))  # fmt: skip
         if first == len(ready):
             passes.extend(ready_passes(window))
         for row in range(window.num_ticks):
             passes.extend(p._replace(tick=tick + row) for p in tick_passes(window, row))
         first, tick = stop, tick + window.num_ticks
-    passes = _prune(passes, method.num_steps)
+    num_steps = (first_schedule.num_steps, *[schedule.num_steps] * (len(sizes) - 1))
+    passes = _prune(passes, num_steps)
     return Plan(
         method=method,
         block_sizes=sizes,
         num_ready=len(ready),
         schedule=schedule,
-        passes=tuple(_with_ends(passes, len(sizes), len(ready), method.num_steps)),
+        first_schedule=first_schedule,
+        passes=tuple(_with_ends(passes, len(ready), num_steps)),
     )
 
 
@@ -134,22 +146,22 @@ def _window_sizes(method: Method, num_latents: int, num_ready: int) -> Iterator[
         room, first = method.window - method.overlap, method.block_size
 
 
-def _prune(passes: list[Pass], num_steps: int) -> list[Pass]:
-    """Without the features that nobody reads, and without the passes that only wrote such."""
+def _prune(passes: list[Pass], num_steps: Sequence[int]) -> list[Pass]:
+    """Without the features that nobody reads, and without the passes that only wrote such; blocks' steps are given."""
     read: set[tuple[int, int, int]] = set()
     kept = []
     for p in reversed(passes):
         writes = tuple(piece for piece in p.writes if (piece.block, piece.step, p.lane) in read)
-        if writes or any(cover.step < num_steps for cover in p.covers):
+        if writes or any(cover.step < num_steps[cover.block] for cover in p.covers):
             read.update((piece.block, piece.step, p.lane) for piece in p.before + p.after)
             kept.append(p._replace(writes=writes))
     return kept[::-1]
 
 
-def _with_ends(passes: list[Pass], num_blocks: int, num_ready: int, num_steps: int) -> Iterator[Pass]:
+def _with_ends(passes: list[Pass], num_ready: int, num_steps: Sequence[int]) -> Iterator[Pass]:
     """The passes with what leaves after each: blocks that are clean, features and latents that nobody needs again."""
     emits = _emissions(passes, num_ready, num_steps)
-    last_cover = dict.fromkeys(range(num_blocks), 0)
+    last_cover = dict.fromkeys(range(len(num_steps)), 0)
     for i, p in enumerate(passes):
         last_cover.update((cover.block, i) for cover in p.covers)
         last_cover.update((block, i) for block in emits.get(i, ()))
@@ -172,12 +184,12 @@ def _frees(passes: list[Pass]) -> list[tuple[int, ...]]:
     return frees[::-1]
 
 
-def _emissions(passes: list[Pass], num_ready: int, num_steps: int) -> dict[int, tuple[int, ...]]:
+def _emissions(passes: list[Pass], num_ready: int, num_steps: Sequence[int]) -> dict[int, tuple[int, ...]]:
     """Blocks that leave after each pass, oldest first: those clean, once all before them are."""
     emits, clean, head = {}, set(), num_ready
     for i, p in enumerate(passes):
         steps = {cover.block: cover.step for cover in p.covers}
-        clean.update(block for block in p.updates if steps[block] == num_steps - 1)
+        clean.update(block for block in p.updates if steps[block] == num_steps[block] - 1)
         start = head
         while head in clean:
             head += 1

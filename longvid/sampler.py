@@ -97,17 +97,18 @@ class Queue:
         assert step == cover.step, f"block {cover.block} is at step {step}, the plan says {cover.step}"
         x = self.latents[cover.block]
         if cover.renoise:
-            fresh = self.noise(cover.block, self.plan.method.num_steps + p.tick).to(self.device)
+            method = self.plan.method
+            fresh = self.noise(cover.block, max(method.num_steps, method.first_steps) + p.tick).to(self.device)
             x = add_noise(x, fresh, cover.renoise)
         return x[:, :, cover.start : cover.stop]
 
     def _step(self, block: int, velocity: Latents) -> None:
-        method, step = self.plan.method, self.steps[block]
-        fresh = None
-        if method.solver.needs_noise and step + 1 < method.num_steps:
+        solver, step, fresh = self.plan.method.solver, self.steps[block], None
+        schedule = self.plan.schedule_of(block)
+        if solver.needs_noise and step + 1 < schedule.num_steps:
             fresh = self.noise(block, step).to(self.device)
-        state, levels = self.states.pop(block, None), self.plan.schedule.levels
-        x, state = solver_step(method.solver, self.latents[block], velocity, state, levels, step, fresh)
+        state, levels = self.states.pop(block, None), schedule.levels
+        x, state = solver_step(solver, self.latents[block], velocity, state, levels, step, fresh)
         self.latents[block], self.steps[block] = x, step + 1
         if state is not None:
             self.states[block] = state

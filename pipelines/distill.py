@@ -148,9 +148,11 @@ class Rollout:
 def roll_out(config: Distillation, student: DiT, text: Text, rng: np.random.Generator, seeds: Sequence[int]) -> Rollout:
     """Videos of the texts (b, tokens, d), by the real sampler; `rng` draws length, kind, and where the gradient is."""
     is_block_by_block = rng.uniform() < config.block_by_block_share
-    method = replace(config.method, lag=config.method.num_steps) if is_block_by_block else config.method
+    method, num_steps = config.method, config.method.num_steps
+    method = replace(method, lag=num_steps if is_block_by_block else method.lag,
+                     first_steps=num_steps if method.first_steps else 0)  # fmt: skip
     plan = make_plan(method, int(rng.choice(config.lengths)))
-    witness = Witness(student, text, method.num_steps, int(rng.integers(method.num_steps)))
+    witness = Witness(student, text, num_steps, int(rng.integers(num_steps)))
     channels, height, width = config.latent_size
 
     def noise(block: int, step: int | None) -> Latents:

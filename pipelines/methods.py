@@ -23,7 +23,7 @@ def rolling(
     """
     return Method(
         name="rolling", kind=Kind.CAUSAL, block_size=block_size, first_block_size=1, num_steps=num_steps,
-        lag=lag, first_lag=num_steps, solver=Solver.UNIPC, level_rule=LevelRule.UNIFORM, flow_shift=flow_shift,
+        lag=lag, first_steps=num_steps, solver=Solver.UNIPC, level_rule=LevelRule.UNIFORM, flow_shift=flow_shift,
         guidance_scale=guidance_scale, sink=1, history=6, left=6, max_keys=7 + block_size, retire=True,
     )  # fmt: skip
 
@@ -33,11 +33,13 @@ def rolling_fast(
 ) -> Method:
     """`rolling` for models distilled to few steps: no guidance, and new noise at each step.
 
+    The first block, one latent, takes twice as many: what it shows stays, and its passes are small.
+
     Levels and re-noising as in Self-Forcing (arXiv 2506.08009) and Rolling Forcing (arXiv 2509.25161).
     """
     method = rolling(num_steps=num_steps, lag=lag, block_size=block_size, guidance_scale=guidance_scale,
                      flow_shift=flow_shift)  # fmt: skip
-    return replace(method, name="rolling-fast", solver=Solver.RENOISE)
+    return replace(method, name="rolling-fast", first_steps=2 * num_steps, solver=Solver.RENOISE)
 
 
 def dualparal(

@@ -29,19 +29,22 @@ def matrix_rows(plan: Plan) -> list[list[int]]:
 def plan_text(plan: Plan) -> Iterator[str]:
     """Lines of text for people."""
     method = plan.method
-    first = f" (of the first block {method.first_lag})" if method.first_lag > method.lag and not plan.num_ready else ""
-    lags = f"lag {method.lag}{first}"
-    yield f"method {method.name}: {method.kind}, {method.num_steps} steps, {lags}, {method.num_lanes} lanes"
+    has_own = method.first_steps and not plan.num_ready
+    first = f" (the first block {method.first_steps}, before another begins)" if has_own else ""
+    steps = f"{method.num_steps} steps{first}"
+    yield f"method {method.name}: {method.kind}, {steps}, lag {method.lag}, {method.num_lanes} lanes"
     if plan.num_videos > 1:
         yield f"{plan.num_videos} videos; block b of video v, from 0, is number {plan.num_videos} b + v; together"
     yield f"{plan.num_frames} frames = {plan.num_latents} latents in blocks of {_runs(plan.block_sizes)}"
     if plan.num_ready:
         yield f"{plan.num_ready} blocks are clean from the start"
     yield "timesteps " + " ".join(f"{t:g}" for t in plan.schedule.timesteps)
+    if plan.first_schedule != plan.schedule:
+        yield "timesteps of the first block " + " ".join(f"{t:g}" for t in plan.first_schedule.timesteps)
     rows = matrix_rows(plan)
     of = " of each video" if plan.num_videos > 1 else ""
     yield f"matrix{of}: {len(rows)} rows (one per tick, and the end) x {len(rows[0])} blocks, steps taken"
-    width = len(str(method.num_steps))
+    width = len(str(max(plan.schedule.num_steps, plan.first_schedule.num_steps)))
     yield from (f"{tick:5d} | " + " ".join(f"{step:{width}d}" for step in row) for tick, row in enumerate(rows))
     yield f"passes: {len(plan.passes)}  (block@step[latents], < context before, > context after)"
     yield from map(pass_text, plan.passes)
@@ -71,6 +74,7 @@ def plan_json(plan: Plan) -> dict:
         "num_ready": plan.num_ready,
         "levels": plan.schedule.levels,
         "timesteps": plan.schedule.timesteps,
+        "first_timesteps": plan.first_schedule.timesteps,
         "matrix": matrix_rows(plan),
         "passes": [_pass_json(p) for p in plan.passes],
     }

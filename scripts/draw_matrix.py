@@ -43,7 +43,7 @@ class Grid:
 
 def small_plan(lag: int) -> Plan:
     """The preset `rolling` at another lag, that of the first block included, few steps, evenly spaced levels."""
-    method = replace(rolling(num_steps=NUM_STEPS, lag=lag, flow_shift=1.0), first_lag=0)
+    method = replace(rolling(num_steps=NUM_STEPS, lag=lag, flow_shift=1.0), first_steps=0)
     return make_plan(method, method.first_block_size + (NUM_BLOCKS - 1) * method.block_size)
 
 

@@ -49,7 +49,7 @@ def in_hand(plan):
 
 @pytest.mark.parametrize("width", [1, 8, 20])
 def test_a_round_has_as_many_passes_as_are_wanted(width):
-    method = replace(rolling(num_steps=4), first_lag=0)
+    method = replace(rolling(num_steps=4), first_steps=0)
     plan = make_plan(method, 22)  # 8 blocks, at most 4 of them in the queue and a clean one, two lanes
     both = interleave(plan, 6, width)
     most = max(Counter(p.tick for p in plan.passes).values())

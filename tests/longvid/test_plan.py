@@ -80,22 +80,18 @@ def test_matrix_starts_all_noise_and_ends_all_clean_and_nobody_overtakes():
         assert all(gap == lag for row in busy for gap in row)
 
 
-def test_with_a_first_lag_all_others_come_later_and_nobody_overtakes():
-    rows = rolling_steps(4, num_steps=3, lag=1, first_lag=3)
+def test_with_steps_of_its_own_the_first_block_is_clean_before_another_begins():
+    rows = rolling_steps(4, num_steps=3, lag=1, first_steps=2)
     assert rows == [
-        (0, 0, 0, 0), (1, 0, 0, 0), (2, 0, 0, 0), (3, 0, 0, 0), (3, 1, 0, 0), (3, 2, 1, 0), (3, 3, 2, 1), (3, 3, 3, 2),
-        (3, 3, 3, 3),
+        (0, 0, 0, 0), (1, 0, 0, 0), (2, 0, 0, 0), (2, 1, 0, 0), (2, 2, 1, 0), (2, 3, 2, 1), (2, 3, 3, 2), (2, 3, 3, 3),
     ]  # fmt: skip
-    assert rolling_steps(4, 3, 1, 1, first_lag=3) == rolling_steps(4, 3, 1, 1), "what is ready needs no time"
-    assert rolling_steps(4, 3, 2, first_lag=1) == rolling_steps(4, 3, 2)
+    assert rolling_steps(4, 3, 1, 1, first_steps=3) == rolling_steps(4, 3, 1, 1), "what is ready needs no time"
     for num_blocks, num_steps, lag, _ in random_matrices(100):
-        for first_lag in {0, num_steps // 2, num_steps}:
-            rows = rolling_steps(num_blocks, num_steps, lag, first_lag=first_lag)
-            assert all(left >= right for row in rows for left, right in pairwise(row))
-            assert (rows[0], rows[-1]) == ((0,) * num_blocks, (num_steps,) * num_blocks)
-            assert [row[1:] for row in rows if len(row) > 1 and row[1]] == [
-                row[1:] for row in rolling_steps(num_blocks, num_steps, lag) if len(row) > 1 and row[1]
-            ], "what the others do among themselves is as before"
+        for first_steps in (1, num_steps, 2 * num_steps):
+            rows = rolling_steps(num_blocks, num_steps, lag, first_steps=first_steps)
+            alone = [(step, *[0] * (num_blocks - 1)) for step in range(first_steps)]
+            others = rolling_steps(num_blocks - 1, num_steps, lag) if num_blocks > 1 else [()]
+            assert rows == [*alone, *((first_steps, *row) for row in others)]
 
 
 # Plans, carried out on names ------------------------------------------------------------------------------------------
@@ -172,11 +168,11 @@ class Run:
     def let_go(self, p):
         clean = self.plan.num_ready + len(self.emitted)
         for block in p.emits:
-            assert block in self.latents and self.steps[block] == self.plan.method.num_steps
+            assert block in self.latents and self.steps[block] == self.plan.schedule_of(block).num_steps
             self.emitted.append(block)
             clean += 1
         rest = self.steps[clean : clean + 1]
-        assert rest != [self.plan.method.num_steps], "a clean block leaves at once"
+        assert not rest or rest[0] < self.plan.schedule_of(clean).num_steps, "a clean block leaves at once"
         for block in p.frees:
             del self.cache[block, p.lane]
         for block in p.drops:
@@ -197,11 +193,14 @@ def hold(plan: Plan) -> Run:
     run = Run(plan)
     num_blocks, num_steps = len(plan.block_sizes), plan.method.num_steps
     made = range(plan.num_ready, num_blocks)
-    assert run.covered == Counter((block, step) for block in made for step in range(num_steps))
-    assert run.emitted == list(made) and run.steps == [num_steps] * num_blocks
+    counts = [num_steps] * num_blocks
+    counts[0] = num_steps if plan.num_ready else plan.method.first_steps or num_steps
+    assert counts == [plan.schedule_of(block).num_steps for block in range(num_blocks)]
+    assert run.covered == Counter((block, step) for block in made for step in range(counts[block]))
+    assert run.emitted == list(made) and run.steps == counts
     assert not run.cache and not run.latents and run.dropped == set(range(num_blocks))
     if not plan.method.window:
-        rows = rolling_steps(num_blocks, num_steps, plan.method.lag, plan.num_ready, plan.method.first_lag)
+        rows = rolling_steps(num_blocks, num_steps, plan.method.lag, plan.num_ready, plan.method.first_steps)
         assert run.rows == dict(enumerate(rows[:-1])), "the plan walks down the matrix, tick by tick"
     return run
 
@@ -213,7 +212,7 @@ def random_method(rng: Random) -> Method:
     return Method(
         name="random", kind=kind, block_size=size, first_block_size=rng.randint(1, 12), num_steps=num_steps,
         lag=rng.choice([0, 1, num_steps, rng.randint(0, num_steps)]),
-        first_lag=0 if window else rng.choice([0, num_steps, rng.randint(0, num_steps)]),
+        first_steps=0 if window else rng.choice([0, num_steps, rng.randint(1, 24)]),
         solver=rng.choice(list(Solver)), level_rule=LevelRule.UNIFORM, flow_shift=3.0,
         guidance_scale=rng.choice([1.0, 4.0]),
         sink=rng.choice([0, 3, rng.randint(0, 9)]), history=rng.choice([0, rng.randint(1, 20)]),
@@ -270,7 +269,7 @@ def test_memory_does_not_grow_with_length(name):
 
 def test_features_are_held_only_until_they_are_read_for_the_last_time_as_they_are():
     """Those of noisy blocks serve their neighbours within a tick; between ticks there are the sink's and clean ones."""
-    plan = make_plan(replace(make_method("rolling", num_steps=4, guidance_scale=1.0), first_lag=0), 40)
+    plan = make_plan(replace(make_method("rolling", num_steps=4, guidance_scale=1.0), first_steps=0), 40)
     held, between = set(), {}
     for p, after in pairwise(plan.passes):
         held = (held | {piece.block for piece in p.writes}) - set(p.frees)
@@ -296,7 +295,7 @@ def test_a_block_leaves_with_its_last_step():
     plan = make_plan(make_method("rolling", num_steps=4, guidance_scale=1.0), 28)
     left = {block: p.tick for p in plan.passes for block in p.emits}
     assert left == {0: 3} | {block: block + 6 for block in range(1, 10)}
-    sync = make_plan(replace(plan.method, lag=0, first_lag=0), 28)
+    sync = make_plan(replace(plan.method, lag=0, first_steps=0), 28)
     ends = defaultdict(list)
     for p in sync.passes:
         ends[p.tick].extend(p.emits)

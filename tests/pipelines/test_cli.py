@@ -122,13 +122,16 @@ def test_plans_are_printed(longvid, here, name, image):
     sizes, ready = plan["block_sizes"], plan["num_ready"]
     assert (plan["num_frames"], plan["num_latents"], sum(sizes)) == (33, num_latents_of(33), num_latents_of(33))
     assert ready == image and (sizes[0] == 1 or not image)
-    lags = plan["method"]["lag"], ready, plan["method"]["first_lag"]
+    lags = plan["method"]["lag"], ready, plan["method"]["first_steps"]
     assert plan["matrix"] == [list(row) for row in rolling_steps(len(sizes), 4, *lags)]
     assert len(plan["levels"]) == len(plan["timesteps"]) == 5
     assert [block for p in plan["passes"] for block in p["emits"]] == list(range(ready, len(sizes)))
 
     lines = text.out.splitlines()
-    assert ("(of the first block 4)" in lines[0]) == (name in ("rolling", "rolling-fast") and not image)
+    own = {"rolling": 4, "rolling-fast": 8}.get(name, 0) * (not image)
+    assert (f"(the first block {own}, before another begins)" in lines[0]) == bool(own)
+    assert any(line.startswith("timesteps of the first block 1000 ") for line in lines) == (own == 8)
+    assert len(plan["first_timesteps"]) == (own or 4) + 1
     assert lines[0].startswith(f"method {name}: ") and "33 frames = 9 latents" in lines[1]
     rows = [list(map(int, line.split("|")[1].split())) for line in lines if "|" in line]
     assert rows == plan["matrix"] and f"matrix: {len(rows)} rows" in text.out
