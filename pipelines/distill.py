@@ -145,13 +145,17 @@ class Rollout:
         return replace(self, clips=self.clips.repeat(times, 1, 1, 1, 1))
 
 
+def as_rolled_out(method: Method) -> Method:
+    """The method with as many steps for a first block on its own as for all others, so that a window has one of each."""
+    return replace(method, first_steps=method.num_steps) if method.first_steps else method
+
+
 def roll_out(config: Distillation, student: DiT, text: Text, rng: np.random.Generator, seeds: Sequence[int]) -> Rollout:
     """Videos of the texts (b, tokens, d), by the real sampler; `rng` draws length, kind, and where the gradient is."""
     is_block_by_block = rng.uniform() < config.block_by_block_share
-    method, num_steps = config.method, config.method.num_steps
-    method = replace(method, lag=num_steps if is_block_by_block else method.lag,
-                     first_steps=num_steps if method.first_steps else 0)  # fmt: skip
-    plan = make_plan(method, int(rng.choice(config.lengths)))
+    num_steps = config.method.num_steps
+    method = as_rolled_out(config.method)
+    plan = make_plan(replace(method, lag=num_steps) if is_block_by_block else method, int(rng.choice(config.lengths)))
     witness = Witness(student, text, num_steps, int(rng.integers(num_steps)))
     channels, height, width = config.latent_size
 

@@ -17,6 +17,7 @@ from pipelines.distill import (
     Question,
     Rollout,
     Witness,
+    as_rolled_out,
     ask,
     critic_loss,
     distill,
@@ -53,7 +54,7 @@ def noise_of_seeds(plan):
 
 @pytest.mark.parametrize("method, lag", [("rolling-fast", 1), ("rolling-fast", 4), ("rolling-forcing", 1)])
 def test_windows_with_a_gradient_cover_each_block_once(method, lag):
-    method = replace(make_method(method), lag=lag)
+    method = as_rolled_out(replace(make_method(method), lag=lag))
     plan, dit = make_plan(method, 14), small_dit()
     for exit in range(method.num_steps):
         witness = Witness(dit, TEXT, method.num_steps, exit)
@@ -72,7 +73,7 @@ def test_a_block_seen_at_its_last_step_is_the_one_that_the_sampler_makes(tmp_pat
     (the second begins when the first is clean), or one of the others, or none."""
     config = distillation(tmp_path, block_by_block_share=share, lengths=(10,))
     dit, found = small_dit(), set()
-    plan = make_plan(replace(config.method, lag=4 if share else 1), 10)
+    plan = make_plan(as_rolled_out(replace(config.method, lag=4 if share else 1)), 10)
     features = dit.text_features(TEXT)
     blocks = [x for _, x in sample(plan, dit, lambda p: features, noise_of_seeds(plan))]
     for seed in range(12):
