@@ -146,7 +146,7 @@ class Rollout:
 
 
 def as_rolled_out(method: Method) -> Method:
-    """The method with as many steps for a first block on its own as for all others, so that a window has one of each."""
+    """The method with as many steps for a first block as for all others, so that a window has one of each."""
     return replace(method, first_steps=method.num_steps) if method.first_steps else method
 
 
