@@ -69,8 +69,8 @@ def test_windows_with_a_gradient_cover_each_block_once(method, lag):
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_block_seen_at_its_last_step_is_the_one_that_the_sampler_makes(tmp_path, share):
-    """Every fourth tick is seen. Block by block all blocks end in such a tick, or none does; rolling at lag 2, all do but
-    the third, or that alone, or none."""
+    """Every fourth tick is seen. Block by block all blocks end in such a tick, or none does; rolling at lag 2, all do
+    but the third, or that alone, or none."""
     config = distillation(tmp_path, block_by_block_share=share, lengths=(10,))
     dit, found = small_dit(), set()
     plan = make_plan(as_rolled_out(replace(config.method, lag=4 if share else 2)), 10)
