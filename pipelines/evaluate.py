@@ -16,10 +16,9 @@ from longvid import quality
 from longvid.adherence import ASPECTS, Scene, judge, parse_prompt, shares
 from longvid.checkpoints.safetensor_files import TensorFiles
 from longvid.media import probe_video, read_video
-from longvid.method import Kind, LevelRule, Method
+from longvid.method import Method
 from longvid.oracle import STILL, Reading, read_film, seconds_of
 from longvid.plan import make_plan
-from longvid.schedule import Noise, Solver
 from longvid.worlds import World
 from pipelines.film_features import clips_of
 
@@ -86,9 +85,7 @@ def source_of(video: Path, prompt: str | None = None, world: World | None = None
 
 def borders_of(config: dict, num_frames: int) -> tuple[int, ...]:
     """First frames of all blocks but the first, as the method of a sidecar's configuration cuts them."""
-    kinds = {"kind": Kind, "solver": Solver, "level_rule": LevelRule, "noise": Noise}
-    method = Method(**{name: kinds[name](value) if name in kinds else value
-                       for name, value in config["method"].items()})  # fmt: skip
+    method = Method.from_dict(config["method"])
     num_latents = math.ceil((num_frames - 1) / 4) + 1
     plan = make_plan(method, num_latents, ready=(1,) if config.get("image") else ())
     return tuple(4 * (start - 1) + 1 for start in plan.starts if start)

@@ -19,12 +19,13 @@ def rolling(
 
     A block sees the video's first latent and the 6 before itself, noisy neighbours and clean history alike. The first
     block is the first latent alone, a single frame to the VAE, and it is clean before another begins: what to show is
-    settled there, how it moves after.
+    settled there, how it moves after. New noise at each of its steps lets it correct itself.
     """
     return Method(
         name="rolling", kind=Kind.CAUSAL, block_size=block_size, first_block_size=1, num_steps=num_steps,
-        lag=lag, first_steps=num_steps, solver=Solver.UNIPC, level_rule=LevelRule.UNIFORM, flow_shift=flow_shift,
-        guidance_scale=guidance_scale, sink=1, history=6, left=6, max_keys=7 + block_size, retire=True,
+        lag=lag, first_steps=num_steps, first_solver=Solver.RENOISE, solver=Solver.UNIPC,
+        level_rule=LevelRule.UNIFORM, flow_shift=flow_shift, guidance_scale=guidance_scale, sink=1, history=6, left=6,
+        max_keys=7 + block_size, retire=True,
     )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def rolling_fast(
     """
     method = rolling(num_steps=num_steps, lag=min(lag, num_steps), block_size=block_size, guidance_scale=guidance_scale,
                      flow_shift=flow_shift)  # fmt: skip
-    return replace(method, name="rolling-fast", first_steps=2 * num_steps, solver=Solver.RENOISE)
+    return replace(method, name="rolling-fast", first_steps=2 * num_steps, first_solver=None, solver=Solver.RENOISE)
 
 
 def dualparal(

@@ -140,9 +140,10 @@ def roll_without_features(
 ) -> tuple[dict[int, Latents], int]:
     """The slow twin of `sample`: the blocks it makes, and how many copies its largest pass took."""
     method, largest = plan.method, 0
+    num_steps = [plan.schedule_of(block).num_steps for block in range(len(plan.block_sizes))]
     made = range(plan.num_ready, len(plan.block_sizes))
     kept = {(block, 0): noise(block, None) for block in made}
-    kept.update({(block, method.num_steps): x for block, x in enumerate(ready)})
+    kept.update({(block, num_steps[block]): x for block, x in enumerate(ready)})
     states, lanes = {}, {}
 
     def covered(p: Pass) -> Latents:
@@ -150,12 +151,12 @@ def roll_without_features(
         for cover in p.covers:
             x = kept[cover.block, cover.step]
             if cover.renoise:
-                x = add_noise(x, noise(cover.block, method.num_steps + p.tick), cover.renoise)
+                x = add_noise(x, noise(cover.block, max(method.num_steps, method.first_steps) + p.tick), cover.renoise)
             pieces.append(x[:, :, cover.start : cover.stop])
         return torch.cat(pieces, 2)
 
     for index, p in enumerate(plan.passes):
-        if all(cover.step == method.num_steps for cover in p.covers):
+        if all(cover.step == num_steps[cover.block] for cover in p.covers):
             continue  # only its features would matter
         copies = Copies(plan, index)
         largest = max(largest, len(copies.indices))
@@ -170,13 +171,13 @@ def roll_without_features(
                 v = [velocity[:, :, offset : offset + stop - start] for velocity in lanes.values()]
                 v = guide(v[1], v[0], method.guidance_scale) if len(v) > 1 else v[0]
                 kept[block, step + 1], states[block] = solver_step(
-                    method.solver,
+                    plan.solver_of(block),
                     kept[block, step],
                     v,
                     states.get(block),
-                    plan.schedule.levels,
+                    plan.schedule_of(block).levels,
                     step,
                     noise(block, step),
                 )
             offset += stop - start
-    return {block: kept[block, method.num_steps] for block in made}, largest
+    return {block: kept[block, num_steps[block]] for block in made}, largest

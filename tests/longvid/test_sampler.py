@@ -153,6 +153,17 @@ SMALL_TWO_SIDED = replace(SMALL, kind=Kind.TWO_SIDED, sink=0, history=0, right=1
 SMALL_WINDOWS = replace(SMALL, kind=Kind.JOINT, left=0, history=0, sink=0, retire=False, window=5, overlap=2)
 
 
+@pytest.mark.parametrize("solver, own", [(Solver.UNIPC, Solver.RENOISE), (Solver.RENOISE, None), (Solver.EULER, None)])
+def test_a_first_block_with_steps_of_its_own_is_what_a_method_of_such_steps_makes_of_it(solver, own):
+    dit, method = tiny_dit(), replace(SMALL, solver=solver, first_steps=5, first_solver=own)
+    alone = replace(method, num_steps=5, first_steps=0, solver=own or solver)
+    first = roll(make_plan(alone, 3), dit)[0]
+    video = roll(make_plan(method, 8), dit)
+    assert torch.equal(video[0], first)
+    started = roll(make_plan(method, 8, (3,)), dit, ready=[first])
+    assert all(torch.allclose(video[block], started[block], atol=1e-5) for block in started)
+
+
 @pytest.mark.parametrize("lag", [0, 1, 2, 3])
 @pytest.mark.parametrize("ready", [(1,), (3, 2)], ids=["image", "extension"])
 @pytest.mark.parametrize("method", [
@@ -226,7 +237,8 @@ def stub_clip(plan, noise, velocity=gaussian_velocity, **what):
 @pytest.mark.parametrize("solver", Solver)
 @pytest.mark.parametrize("name", METHODS)
 def test_samples_are_distributed_as_the_data(name, solver):
-    method = replace(METHODS[name](num_steps=32, flow_shift=1.0, guidance_scale=1.0), solver=solver)
+    method = METHODS[name](num_steps=32, flow_shift=1.0, guidance_scale=1.0)
+    method = replace(method, solver=solver, first_solver=None)
     plan = make_plan(method, 30)
     noise = noise_of(plan, 0, 4, 16, 16)
     clip = whole(dict(stub_clip(plan, noise, consistent_velocity if solver is Solver.RENOISE else gaussian_velocity)))
