@@ -34,14 +34,11 @@ def rolling_fast(
 ) -> Method:
     """`rolling` for models distilled to few steps: no guidance, and new noise at each step.
 
-    The first block, one latent, takes twice as many: what it shows stays, and its passes are small. At lag 2 what turns
-    does so in more of the seconds, but over a minute things lose their shapes, which at 1 they do not.
-
     Levels and re-noising as in Self-Forcing (arXiv 2506.08009) and Rolling Forcing (arXiv 2509.25161).
     """
     method = rolling(num_steps=num_steps, lag=lag, block_size=block_size, guidance_scale=guidance_scale,
                      flow_shift=flow_shift)  # fmt: skip
-    return replace(method, name="rolling-fast", first_steps=2 * num_steps, first_solver=None, solver=Solver.RENOISE)
+    return replace(method, name="rolling-fast", first_solver=None, solver=Solver.RENOISE)
 
 
 def dualparal(
