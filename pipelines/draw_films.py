@@ -46,8 +46,9 @@ def draw_and_encode(
             latents, captions, is_cut = [], [], []
             for slot, found in _drawn(pool, films, count, seed, stop):
                 has_gap = films.num_latents > SINK + BLOCK and len(latents) % 2 == 1
-                frames = torch.from_numpy(_slots[slot]).to(next(vae.parameters()).device)
-                latents.append(encode_drawn(vae, frames, films.num_latents, is_cut=has_gap).bfloat16().cpu())
+                drawn = _slots[slot, :, : _num_drawn(films.num_latents, is_cut=has_gap)]
+                frames = torch.from_numpy(drawn).to(next(vae.parameters()).device)
+                latents.append(encode_drawn(vae, frames, is_cut=has_gap).bfloat16().cpu())
                 captions += found
                 is_cut += [has_gap] * AT_ONCE
             if not latents:
@@ -65,22 +66,27 @@ def draw_anywhere(count: int, num_frames: int, *, seed: int, workers: int) -> np
 
 
 @torch.no_grad()
-def encode_drawn(vae: VAE, frames: Tensor, num_latents: int, *, is_cut: bool) -> Latents:
-    """Latents (films, c, num_latents, h, w) of frames (films, frames, height, width, 3), uint8.
+def encode_drawn(vae: VAE, frames: Tensor, *, is_cut: bool) -> Latents:
+    """Latents (films, c, f, h, w) of drawn frames (films, frames, height, width, 3), uint8.
 
     Of films with a gap the first frame is the sink's, and the run's follow, `WARM_UP` latents before it.
     """
     video = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     with torch.autocast(frames.device.type, torch.bfloat16):
         if not is_cut:
-            return vae.encode(video[:, :, : _num_frames(num_latents)])[0]
+            return vae.encode(video)[0]
         sink = vae.encode(video[:, :, :1])[0]
-        run = vae.encode(video[:, :, 1 : 1 + _num_frames(WARM_UP + num_latents - SINK)])[0]
+        run = vae.encode(video[:, :, 1:])[0]
         return torch.cat([sink, run[:, :, WARM_UP:]], 2)
 
 
 def _num_frames(num_latents: int) -> int:
     return 4 * (num_latents - 1) + 1
+
+
+def _num_drawn(num_latents: int, *, is_cut: bool) -> int:
+    """Frames that are drawn of a film of so many latents."""
+    return 1 + _num_frames(WARM_UP + num_latents - SINK) if is_cut else _num_frames(num_latents)
 
 
 def _shared(slots: int, num_frames: int) -> np.ndarray:

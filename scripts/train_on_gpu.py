@@ -51,7 +51,7 @@ def train_decoder(options: argparse.Namespace, vae: VAE) -> None:
     num_frames = 4 * (DECODED_LATENTS - 1) + 1
     frames = draw_anywhere(options.decoded, num_frames, seed=options.seed + 1, workers=options.workers)
     frames = torch.from_numpy(frames).to(device)
-    latents = [encode_drawn(vae, some, DECODED_LATENTS, is_cut=False) for some in frames.split(AT_ONCE)]
+    latents = [encode_drawn(vae, some, is_cut=False) for some in frames.split(AT_ONCE)]
     latents = torch.cat(latents)
     vae.requires_grad_(False)
     for part in (vae.post_quant_conv, vae.decoder):
