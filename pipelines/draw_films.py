@@ -18,7 +18,7 @@ from longvid import worlds
 from longvid.captions import caption
 from longvid.models.vae import VAE
 from longvid.types import Latents
-from pipelines.film_latents import BLOCK, RUN, SINK, WARM_UP, FilmSet, film_at
+from pipelines.film_latents import BLOCK, RUN, SINK, WARM_UP, FilmSet, film_at, is_whole
 
 AT_ONCE = 32
 """Films that a process draws into one slot of the memory, and that are encoded together: all with a gap after the first
@@ -80,13 +80,10 @@ def encode_drawn(vae: VAE, frames: Tensor, *, is_cut: bool) -> Latents:
         return torch.cat([sink, run[:, :, WARM_UP:]], 2)
 
 
-def _num_frames(num_latents: int) -> int:
-    return 4 * (num_latents - 1) + 1
-
-
 def _num_drawn(num_latents: int, *, is_cut: bool) -> int:
     """Frames that are drawn of a film of so many latents."""
-    return 1 + _num_frames(WARM_UP + num_latents - SINK) if is_cut else _num_frames(num_latents)
+    run = WARM_UP + num_latents - SINK
+    return 1 + 4 * (run - 1) + 1 if is_cut else 4 * (num_latents - 1) + 1
 
 
 def _shared(slots: int, num_frames: int) -> np.ndarray:
@@ -95,9 +92,7 @@ def _shared(slots: int, num_frames: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), np.uint8).reshape(shape)
 
 
-def _drawn(
-    pool: Pool, films: FilmSet, count: int, seed: int, stop: float
-) -> Iterator[tuple[int, list[list[str]]]]:  # fmt: skip
+def _drawn(pool: Pool, films: FilmSet, count: int, seed: int, stop: float) -> Iterator[tuple[int, list[list[str]]]]:
     """Slots as they are filled, in order, with their films' captions; a slot that was yielded is drawn into again."""
     firsts = iter([films.first + i + parity for i in range(0, count, 2 * AT_ONCE) for parity in (0, 1)])
     waiting: list[AsyncResult] = []
@@ -121,13 +116,11 @@ def _draw(slot: int, seed: int, first: int, num_latents: int) -> tuple[int, list
     for i, frames in enumerate(_slots[slot]):
         index = first + 2 * i
         film = film_at(seed, index)
-        if num_latents <= SINK + BLOCK or film.start == SINK:
-            count = _num_frames(num_latents)
-            frames[:count] = worlds.draw(film.world, count)
-        else:
-            count = _num_frames(WARM_UP + num_latents - SINK)
-            frames[:1] = worlds.draw(film.world, 1)
-            frames[1 : 1 + count] = worlds.draw(film.world, count, start=4 * (film.start - WARM_UP))
+        is_cut = not is_whole(film, num_latents)
+        count = _num_drawn(num_latents, is_cut=is_cut)
+        frames[:1] = worlds.draw(film.world, 1)
+        if count > 1:
+            frames[1:count] = worlds.draw(film.world, count - 1, start=4 * (film.start - WARM_UP) if is_cut else 1)
         rng = np.random.default_rng((seed, index, 1))
         captions.append([caption(film.world, rng) for _ in range(CAPTIONS)])
     return slot, captions

@@ -67,7 +67,7 @@ def film_at(seed: int, index: int) -> Film:
 @torch.no_grad()
 def encode_film(vae: VAE, film: Film, num_latents: int) -> Tensor:
     """Normalised latents (c, num_latents, h, w): the film's first ones, or a sink and a run where it is long."""
-    if _is_whole(film, num_latents):
+    if is_whole(film, num_latents):
         return vae.encode(_frames(film.world, 0, num_latents))[0][0]
     sink = vae.encode(_frames(film.world, 0, SINK))[0]
     run = vae.encode(_frames(film.world, film.start - WARM_UP, WARM_UP + num_latents - SINK))[0][:, :, WARM_UP:]
@@ -78,7 +78,7 @@ def encode_film(vae: VAE, film: Film, num_latents: int) -> Tensor:
 def encode_films(vae: VAE, films: Sequence[Film], num_latents: int) -> Tensor:
     """`encode_film` of each, (films, c, num_latents, h, w), in batches and bfloat16 products: several times faster."""
     latents = [None] * len(films)
-    whole = [i for i, film in enumerate(films) if _is_whole(film, num_latents)]
+    whole = [i for i, film in enumerate(films) if is_whole(film, num_latents)]
     cut = sorted(set(range(len(films))) - set(whole))
     for i, found in _encoded(vae, [(i, _frames(films[i].world, 0, num_latents)) for i in whole]):
         latents[i] = found
@@ -89,7 +89,8 @@ def encode_films(vae: VAE, films: Sequence[Film], num_latents: int) -> Tensor:
     return torch.stack(latents)
 
 
-def _is_whole(film: Film, num_latents: int) -> bool:
+def is_whole(film: Film, num_latents: int) -> bool:
+    """Whether that many latents are the film's first ones: it is short, or nothing is cut out after the sink."""
     return num_latents <= SINK + BLOCK or film.start == SINK
 
 

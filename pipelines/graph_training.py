@@ -28,7 +28,7 @@ class GraphTraining:
         self, model: nn.Module, loss: Callable[[], Tensor], *, learning_rate: float, ema_decay: float,
         follower: nn.Module | None = None, has_graph: bool = True,
     ):  # fmt: skip
-        self.model, self.loss, self.learning_rate, self.ema_decay = model, loss, learning_rate, ema_decay
+        self.loss, self.learning_rate, self.ema_decay = loss, learning_rate, ema_decay
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.trained = list(trained.values())
         self.device = self.trained[0].device

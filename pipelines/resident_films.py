@@ -13,8 +13,10 @@ from torch import Tensor
 
 from longvid.flow import add_noise
 from longvid.levels import LevelSampler, block_causal_mask
+from longvid.models.attention import visible_in
 from longvid.models.dit import DiT
 from longvid.models.text import TextEncoder
+from longvid.schedule import shift_level
 from longvid.types import Latents, Text
 from pipelines.film_latents import BLOCK, CLIP, LONG, OPENINGS, PICTURES, RUN, SINK
 from pipelines.train_dit import (
@@ -136,8 +138,7 @@ class ResidentFilms:
         return batch, self._some_dropped(states)
 
     def _batch(self, clean: Latents, rows: Tensor, mask: Tensor | None) -> Batch:
-        shift = self.config.shift
-        levels = (shift * rows / (1 + (shift - 1) * rows)).index_select(1, self.block[: clean.shape[2]])
+        levels = shift_level(rows, self.config.shift).index_select(1, self.block[: clean.shape[2]])
         return Batch(clean=clean, captions=[], levels=levels, counts=levels > CLEAN, mask=mask)
 
     def _some_dropped(self, states: Text) -> Text:
@@ -148,8 +149,7 @@ class ResidentFilms:
 def bias(mask: Tensor) -> Tensor:
     """What attention adds to scores (1, 1, tokens, tokens), bfloat16, for a mask of latents that is True where one may
     see another."""
-    seen = mask.repeat_interleave(TOKENS_PER_LATENT, 0).repeat_interleave(TOKENS_PER_LATENT, 1)
-    return torch.zeros(1, 1, *seen.shape, dtype=torch.bfloat16).masked_fill(~seen, float("-inf"))
+    return visible_in(mask, TOKENS_PER_LATENT, torch.device("cpu"))[None, None].bfloat16()
 
 
 def step_loss(dit: DiT, films: ResidentFilms, recaller: DiT, teacher: Teacher | None) -> Tensor:

@@ -94,10 +94,9 @@ def train_dit(options: argparse.Namespace, name: str, folder: Folder) -> None:
     report(name, training.run(options.seconds[3 if is_fast else 2]))
     training.put_averages()
     defaults = student_defaults(folder, make_method("rolling-fast")) if is_fast else folder.longvid
-    text = TextEncoder.load(folder.path, torch.float32)
-    text.encoder.bfloat16()
+    text.encoder.to("cpu", torch.bfloat16)
     vae = decoder_of(options, folder).cpu().bfloat16()
-    save_folder(options.dir / name, dit=deepcopy(dit).cpu().bfloat16(), vae=vae, text=text,
+    save_folder(options.dir / name, dit=dit.cpu().bfloat16(), vae=vae, text=text,
                 scheduler=scheduler_config(3.0), longvid=defaults)  # fmt: skip
 
 
