@@ -32,6 +32,10 @@ from longvid.types import Latents, Video
 
 TEMPORAL_FACTOR = 4
 
+PIECE_PIXELS = 2**18
+"""Pixels of video that are decoded at a time, unless one latent has more: small latents one by one take half as long
+again."""
+
 # Wan2.1's statistics of its 16 latent channels, as its released vae/config.json has them.
 WAN_LATENTS_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -248,8 +252,9 @@ class VAE(nn.Module):
     def decode(self, latents: Latents, state: VAEState | None = None) -> tuple[Video, VAEState]:
         """Pixels of the next latents of a stream, float32 in [-1, 1], and what the call after needs.
 
-        Works latent by latent, so its memory does not grow with the call and a video has the same bits however it is
-        cut. A video's first latent gives 1 frame, every other gives 4.
+        Works on few latents at a time, so its memory does not grow with the call. In float32 on a CPU it works latent
+        by latent, so that a video has the same bits however it is cut. A video's first latent gives 1 frame, every other
+        gives 4.
 
         Args:
             latents: `(b, z_dim, f, h, w)`, f >= 1, normalised as the DiT sees them.
@@ -261,8 +266,8 @@ class VAE(nn.Module):
         self._check_channels(latents, "latents", self.config.z_dim)
         z = self.denormalised(latents).to(self.decoder.conv_in.weight.dtype)
         stream, frames = Stream(state), []
-        for latent in rearrange(z, "b c f h w -> b f h w c").split(1, 1):
-            frames.append(self._decode(latent, stream).float().clamp_(-1, 1))
+        for piece in self._pieces(rearrange(z, "b c f h w -> b f h w c"), is_start=stream.is_start):
+            frames.append(self._decode(piece, stream).float().clamp_(-1, 1))
             state = stream.advance()
         return torch.cat(frames, 2), state
 
@@ -326,6 +331,14 @@ class VAE(nn.Module):
         p = self.config.patch_size or 1
         x = self.decoder(self.post_quant_conv(x, stream), stream)
         return rearrange(x, "b t h w (c q p) -> b c t (h p) (w q)", p=p, q=p)
+
+    def _pieces(self, z: Tensor, *, is_start: bool) -> Iterator[Tensor]:
+        """Latents `(b, f, h, w, z_dim)` to decode at a time, a video's first alone: it has another number of frames."""
+        first, rest = z.split([1, z.shape[1] - 1], 1) if is_start else (z[:, :0], z)
+        pixels = len(z) * z.shape[2:4].numel() * self.config.spatial_factor**2 * TEMPORAL_FACTOR
+        exact = z.dtype == torch.float32 and z.device.type == "cpu"
+        pieces = rest.split(1 if exact else max(1, PIECE_PIXELS // pixels), 1)
+        return (piece for piece in (first, *pieces) if piece.shape[1])
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents, `(z_dim, 1, 1, 1)`, float32."""

@@ -126,12 +126,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """`(..., c) -> (..., c)`, rms in float32; into `out`, in x's dtype, where no gradient is taken."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = x.shape[-1] ** 0.5 / norm.clamp_min(1e-12)
-        gamma = self.gamma.flatten()
+        wide, gamma = x.float(), self.gamma.flatten().float()
+        scale = x.shape[-1] ** 0.5 / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
         if out is None:
-            return (x.float() * scale * gamma).to(x.dtype)
-        return torch.mul(x, scale.to(x.dtype), out=out).mul_(gamma)
+            return (wide * scale * gamma).to(x.dtype)
+        if wide is x:
+            return torch.mul(x, scale, out=out).mul_(gamma)
+        return out.copy_(wide.mul_(scale).mul_(gamma))  # a CPU is slow to scale few channels of bfloat16 by the pixel
 
 
 class ResidualBlock(nn.Module):
