@@ -11,6 +11,7 @@ from longvid.checkpoints.diffusers_folder import load_dit, open_folder
 from longvid.models.attention import KV
 from longvid.models.cache import Cache, Context, Entry
 from longvid.models.dit import DiT, TextFeatures
+from longvid.models.packed import pack
 from longvid.models.vae import VAEConfig
 from longvid.passes import Pass
 from longvid.plan import Plan
@@ -100,7 +101,7 @@ def _fit(cases: list[tuple[int, int]], times: list[float]) -> tuple[float, ...]:
 
 
 def _part(run: Run, layers: range) -> DiT:
-    return load_dit(open_folder(run.model), getattr(torch, run.dtype), run.device, layers).eval()
+    return pack(load_dit(open_folder(run.model), getattr(torch, run.dtype), run.device, layers).eval())
 
 
 def _forward(part: DiT, run: Run, p: Pass) -> Callable[[], object]:

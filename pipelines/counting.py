@@ -37,7 +37,7 @@ class Operations(TorchDispatchMode):
         return result
 
     def _see(self, x: object, *, is_new: bool) -> None:
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or x.is_mkldnn:  # a packed weight has no storage to count
             return
         storage = x.untyped_storage()
         key, size = storage._cdata, storage.nbytes() if is_new else 0

@@ -13,6 +13,7 @@ from einops import rearrange
 from longvid.checkpoints.diffusers_folder import load_dit, load_vae, open_folder, stored_bytes
 from longvid.media import read_image
 from longvid.models.dit import DiT, TextFeatures
+from longvid.models.packed import pack
 from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE, VAEConfig, VAEState
 from longvid.passes import Pass
@@ -83,7 +84,7 @@ def load_models(run: Run, stage: Stage | None = None, texts: tuple[Text, ...] = 
     factor = VAEConfig.from_dict(folder.vae).spatial_factor
     size = (dit.config.in_channels, run.height // factor, run.width // factor)
     read = stored_bytes(folder, "transformer", dit) + (stored_bytes(folder, "vae", vae) if vae else 0)
-    return Models(dit=dit, vae=vae, text=text, latent_size=size, bytes_read=read, stage=stage)
+    return Models(dit=pack(dit), vae=vae, text=text, latent_size=size, bytes_read=read, stage=stage)
 
 
 def vae_of(run: Run) -> VAE:

@@ -106,14 +106,15 @@ def vae(folder: Path) -> None:
 
 
 def dit(folder: Path) -> None:
-    """One forward of the embedded DiT against diffusers' of the same weights, 13 latents."""
+    """One forward of the embedded DiT, packed as in a run, against diffusers' of the same weights, 13 latents."""
     import torch
     from diffusers import SkyReelsV2Transformer3DModel
 
     from longvid.checkpoints.diffusers_folder import load_dit, open_folder
+    from longvid.models.packed import pack
     from pipelines.configure import BASE
 
-    ours = load_dit(open_folder(BASE), torch.float32).eval()
+    ours = pack(load_dit(open_folder(BASE), torch.float32).eval())
     theirs = SkyReelsV2Transformer3DModel.from_pretrained(BASE / "transformer", torch_dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, ours.config.in_channels, 13, 16, 16, generator=generator)

@@ -6,7 +6,7 @@ Keys are kept before rotation and rotated when they are read, by their place in 
 an offset from the start of the context, never a count of the whole video, and no video is too long for the table.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,13 +27,6 @@ class KV(NamedTuple):
     def narrow(self, start: int, stop: int) -> "KV":
         """The latents from `start` up to `stop`."""
         return KV(self.keys[:, start:stop], self.values[:, start:stop])
-
-
-def join(features: list[KV]) -> KV:
-    """Features one behind the other in time."""
-    if len(features) == 1:
-        return features[0]
-    return KV(torch.cat([kv.keys for kv in features], 1), torch.cat([kv.values for kv in features], 1))
 
 
 class Exchange:
@@ -110,6 +103,14 @@ def rotate(x: Tensor, turn: Rotation, start: int = 0) -> Tensor:
         return (x.float() * turn.cos[start:stop] + turned * turn.sin[start:stop]).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn.turn[start:stop]).flatten(-2).type_as(x)
+
+
+def join(pieces: Sequence[KV], turn: Rotation) -> tuple[Tensor, Tensor]:
+    """Features one behind the other, the keys turned by their place among them: each (b, tokens, n, d)."""
+    keys, values = ([part.flatten(1, 2) for part in parts] for parts in zip(*pieces, strict=True))
+    if len(pieces) == 1:
+        return rotate(keys[0], turn), values[0]
+    return rotate(torch.cat(keys, 1), turn), torch.cat(values, 1)
 
 
 def visible_in(mask: Tensor, tokens_per_latent: int, device: torch.device) -> "Tensor | BlockMask":

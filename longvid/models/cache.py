@@ -4,11 +4,11 @@ The network never holds it. A pass takes a `Context` and returns the features of
 cache is the table between passes, keyed by block and guidance lane, for the layers of this process alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from longvid.models.attention import KV, join
+from longvid.models.attention import KV
 from longvid.passes import Pass, Slice
 
 Features = Mapping[int, KV]
@@ -16,10 +16,13 @@ Features = Mapping[int, KV]
 
 
 class Context(NamedTuple):
-    """What a pass attends to besides itself, by layer: features placed before its latents, and after them."""
+    """What a pass attends to besides itself, by layer: features placed before its latents, and after them.
 
-    before: Features = {}
-    after: Features = {}
+    They are in pieces, one behind the other, as they were left: attention puts them together.
+    """
+
+    before: Mapping[int, Sequence[KV]] = {}
+    after: Mapping[int, Sequence[KV]] = {}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Cache:
         tensors = [t for entry in self.entries.values() for kv in entry.features.values() for t in kv]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def _gather(self, pieces: tuple[Slice, ...], lane: int) -> Features:
+    def _gather(self, pieces: tuple[Slice, ...], lane: int) -> Mapping[int, Sequence[KV]]:
         if not pieces:
             return {}
         found = []
@@ -77,7 +80,7 @@ class Cache:
             shift = entry.start
             assert shift <= piece.start < piece.stop <= entry.stop, f"{piece}: latents {shift} to {entry.stop} are kept"
             found.append({i: kv.narrow(piece.start - shift, piece.stop - shift) for i, kv in entry.features.items()})
-        return {layer: join([features[layer] for features in found]) for layer in found[0]}
+        return {layer: [features[layer] for features in found] for layer in found[0]}
 
 
 def _keep(kv: KV, start: int, stop: int) -> KV:

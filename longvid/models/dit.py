@@ -8,7 +8,7 @@ Axes: b batch, f latents, h and w patches, d model width, l text tokens. Hidden 
 so geometry travels with them. Modulation stays per latent, (b, f, 6, d), and is broadcast over its tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -230,8 +230,8 @@ class Layer(nn.Module):
         x: Tensor,
         modulation: Tensor,
         text: tuple[Tensor, Tensor],
-        before: KV | None,
-        after: KV | None,
+        before: Sequence[KV],
+        after: Sequence[KV],
         turn: Rotation,
         visible: "Tensor | BlockMask | None",
         exchange: Exchange = Exchange(),  # noqa: B008  it has no state
@@ -254,8 +254,8 @@ class Layer(nn.Module):
     def _self_attention(
         self,
         x: Tensor,
-        before: KV | None,
-        after: KV | None,
+        before: Sequence[KV],
+        after: Sequence[KV],
         turn: Rotation,
         visible: "Tensor | BlockMask | None",
         exchange: Exchange,
@@ -263,10 +263,9 @@ class Layer(nn.Module):
         parts = (self.attn1.query(x), *self.attn1.key_value(x))
         query, keys, values = exchange.by_heads(*(y.flatten(2, 3) for y in parts))
         own = KV(keys, values)
-        seen = join([kv for kv in (before, own, after) if kv is not None])
-        start = before.keys.shape[1] * query.shape[2] if before is not None else 0
+        start = sum(kv.keys.shape[1] for kv in before) * query.shape[2]
         query = rotate(query.flatten(1, 2), turn, start)
-        out = attend(query, rotate(seen.keys.flatten(1, 2), turn), seen.values.flatten(1, 2), visible)
+        out = attend(query, *join([*before, own, *after], turn), visible)
         out = exchange.by_tokens(out.unflatten(1, (x.shape[1], -1)))
         return self.attn1.output(out).view_as(x), own
 
@@ -323,16 +322,16 @@ class DiT(nn.Module):
         heads.
         """
         if self.is_first:
-            x = rearrange(self.patch_embedding(x.to(self.proj_dtype)), "b d f h w -> b f h w d")
+            x = rearrange(self.patch_embedding(x.to(self.proj_dtype)), "b d f h w -> b f h w d").contiguous()
         time, modulation = self._modulation(timesteps, fps, x.dtype)
         f, h, w = x.shape[1:4]
-        seen = sum(next(iter(part.values())).keys.shape[1] for part in context if part)
+        seen = sum(kv.keys.shape[1] for part in context if part for kv in next(iter(part.values())))
         turn = rotation(f + seen, exchange.num_rows(h), w, self.config.attention_head_dim, x.device,
                         torch.is_grad_enabled())  # fmt: skip
         visible = visible_in(mask, h * w, x.device) if mask is not None and mask.dtype == torch.bool else mask
         features = {}
         for i in self.layers:
-            before, after = context.before.get(i), context.after.get(i)
+            before, after = context.before.get(i, ()), context.after.get(i, ())
             x, left = self.blocks[str(i)](x, modulation, text[i], before, after, turn, visible, exchange)
             if keep:
                 features[i] = left

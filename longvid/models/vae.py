@@ -252,9 +252,8 @@ class VAE(nn.Module):
     def decode(self, latents: Latents, state: VAEState | None = None) -> tuple[Video, VAEState]:
         """Pixels of the next latents of a stream, float32 in [-1, 1], and what the call after needs.
 
-        Works on few latents at a time, so its memory does not grow with the call. In float32 on a CPU it works latent
-        by latent, so that a video has the same bits however it is cut. A video's first latent gives 1 frame, every other
-        gives 4.
+        Works on few latents at a time, so its memory does not grow with the call; in float32 on a CPU latent by latent,
+        so that a video has the same bits however it is cut. A video's first latent gives 1 frame, every other gives 4.
 
         Args:
             latents: `(b, z_dim, f, h, w)`, f >= 1, normalised as the DiT sees them.

@@ -35,9 +35,9 @@ def features_of(p: Pass, fill: float = 0.0) -> dict[int, KV]:
     return {layer: KV((keys + 100 * layer).clone(), (-keys).clone()) for layer in range(LAYERS)}
 
 
-def numbers(features: dict[int, KV], layer: int = 0) -> list[float]:
+def numbers(features: dict[int, list[KV]], layer: int = 0, part: str = "keys") -> list[float]:
     """One number of each latent."""
-    return features[layer].keys[0, :, 0, 0, 0].tolist()
+    return [number for kv in features[layer] for number in getattr(kv, part)[0, :, 0, 0, 0].tolist()]
 
 
 def one_pass(*covers: Cover, **what: tuple) -> Pass:
@@ -132,7 +132,7 @@ def test_slices_are_cut_by_their_place_in_the_pass_and_joined_in_the_plans_order
         one_pass(before=(Slice(5, 1, 1, 2), Slice(0, 0, 0, 1), Slice(5, 1, 0, 1)), after=(Slice(4, 1, 2, 3),))
     )
     assert numbers(context.before) == [2, 50, 1] and numbers(context.before, layer=1) == [102, 150, 101]
-    assert context.before[0].values[0, :, 0, 0, 0].tolist() == [-2, -50, -1]
+    assert numbers(context.before, part="values") == [-2, -50, -1]
     assert numbers(context.after) == [0]
     empty = cache.context(one_pass())
     assert empty.before == {} and empty.after == {}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from longvid.levels import block_causal_mask
-from longvid.models.attention import KV, attend, block_mask, rotate, rotation, visible_in
+from longvid.models.attention import attend, block_mask, rotate, rotation, visible_in
 from longvid.models.cache import Context
 from longvid.models.dit import SKYREELS, WAN, DiT, DiTConfig, RMSNorm, TanhGELU
 
@@ -85,7 +85,7 @@ def test_context_as_features_is_context_as_latents_in_a_block_causal_mask():
     mask = ~(late[None, :] & ~late[:, None])
     expected, _ = model(latents, timesteps, words, mask=mask)
     _, kept = model(latents[:, :, :2], timesteps[:, :2], words)
-    velocity, _ = model(latents[:, :, 2:], timesteps[:, 2:], words, Context(before=kept))
+    velocity, _ = model(latents[:, :, 2:], timesteps[:, 2:], words, Context(before={i: [kv] for i, kv in kept.items()}))
     assert (velocity - expected[:, :, 2:]).abs().max() <= TOLERANCE
 
 
@@ -95,7 +95,7 @@ def test_features_after_are_the_same_as_a_longer_window():
     latents, text = inputs(frames=3)
     words, timesteps = model.text_features(text), torch.full((1, 3), 300.0)
     _, whole = model(latents, timesteps, words)
-    late = {i: KV(*(x[:, 2:] for x in kv)) for i, kv in whole.items()}
+    late = {i: [kv.narrow(2, 3)] for i, kv in whole.items()}
     first, _ = model(latents[:, :, :2], timesteps[:, :2], words, Context(after=late))
     expected, _ = model(latents, timesteps, words)
     assert (first - expected[:, :, :2]).abs().max() <= TOLERANCE

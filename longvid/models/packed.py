@@ -1,0 +1,49 @@
+"""Linear layers whose weights lie in memory as oneDNN wants them: those of a DiT that a CPU runs, never trains.
+
+torch's own linear layer copies its bias first and lays the weight out anew in each call. Packed once, with the GELU
+that may follow in the same pass over memory, it takes 0.6 to 0.8 of the time at the widths of small models.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from longvid.models.dit import DiT, FeedForward, TanhGELU
+
+
+class PackedLinear(nn.Module):
+    """`linear`, and GELU by its tanh approximation with `gelu`, of the values that its weights have now."""
+
+    def __init__(self, linear: nn.Linear, *, gelu: bool = False):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias.detach()
+        self.attributes = ("gelu", [], "tanh") if gelu else ("none", [], "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim_in) -> (..., dim_out)."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.attributes)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this torch and this machine multiply by such a weight packed."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def pack(dit: DiT) -> DiT:
+    """The DiT, the linear layers of its blocks packed where that can be; it cannot be trained or saved any more."""
+    for block in dit.blocks.values():
+        if not can_pack(block.attn1.to_q.weight):
+            break
+        for module in list(block.modules()):
+            if isinstance(module, FeedForward) and isinstance(module.net[1], TanhGELU):
+                module.net[0].proj, module.net[1] = PackedLinear(module.net[0].proj, gelu=True), nn.Identity()
+            for name, linear in list(module.named_children()):
+                if type(linear) is nn.Linear:
+                    setattr(module, name, PackedLinear(linear))
+    return dit
