@@ -37,7 +37,7 @@ class Reader(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Logits (b, classes) by attribute, from tokens and mask (b, l)."""
-        states = self.encoder(tokens, mask).last_hidden_state
+        states = self.encoder(tokens, mask)
         scores = self.queries @ self.keys(states).mT / states.shape[-1] ** 0.5
         read = scores.masked_fill(mask[:, None] == 0, -torch.inf).softmax(-1) @ states
         return {name: readout(read[:, i]) for i, (name, readout) in enumerate(self.readouts.items())}

@@ -159,7 +159,7 @@ def save_folder(path: Path | str, *, dit: DiT, vae: VAE, text: TextEncoder, sche
         "_class_name": PIPELINES[transformer["_class_name"]],
         "_diffusers_version": DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", type(text.encoder).__name__],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", text.tokenizer_class],
         "transformer": ["diffusers", transformer["_class_name"]],
         "vae": ["diffusers", VAE_CLASS],

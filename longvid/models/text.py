@@ -1,20 +1,23 @@
-"""Text encoder: transformers' UMT5 encoder and the folder's own tokenizer, as Wan and SkyReels-V2 use them.
+"""Text encoder: umT5 and the folder's own tokenizer, as Wan and SkyReels-V2 use them.
 
 A prompt is cleaned, padded to a fixed number of tokens and encoded under its mask; states past its end are zero and
-stay, so cross-attention always sees the same number of tokens. transformers is imported when it is needed.
+stay, so cross-attention always sees the same number of tokens. The tokenizers are those of transformers, which is
+imported when it is needed.
 """
 
 import html
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from longvid.checkpoints.safetensor_files import load_into, module_tensors, open_tensors, read_json, save_tensors
+from longvid.models.umt5 import UMT5Config, UMT5Encoder
 from longvid.types import Text
 
 if TYPE_CHECKING:
-    from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+    from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 MAX_TOKENS = 512  # what the models of the Wan family are trained with
 
@@ -22,7 +25,7 @@ MAX_TOKENS = 512  # what the models of the Wan family are trained with
 class TextEncoder:
     """Prompts to text states. `max_length` is the number of tokens that every prompt gets, end mark included."""
 
-    def __init__(self, encoder: "UMT5EncoderModel", tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, encoder: UMT5Encoder, tokenizer: "PreTrainedTokenizerBase"):
         self.encoder = encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_length = min(MAX_TOKENS, tokenizer.model_max_length)
@@ -31,22 +34,27 @@ class TextEncoder:
     def load(cls, folder: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu") -> "TextEncoder":
         """Read `text_encoder/` and `tokenizer/` of a released folder.
 
-        Raises ValueError for another class than UMT5EncoderModel, for damaged or wrong weights, and for a tokenizer
-        that is incomplete.
+        Raises ValueError for another model than umT5, for damaged or wrong weights, and for a tokenizer that is
+        incomplete.
         """
-        from transformers import UMT5Config, UMT5EncoderModel
-
         folder = Path(folder)
         part = folder / "text_encoder"
-        config = read_json(part / "config.json")
-        if config.get("model_type") != "umt5":
-            raise ValueError(f"{part / 'config.json'}: model_type={config.get('model_type')!r} must be 'umt5'")
+        raw = read_json(part / "config.json")
+        try:
+            config = UMT5Config.from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{part / 'config.json'}: {error}") from None
         with torch.device("meta"):
-            encoder = UMT5EncoderModel(UMT5Config.from_dict(config))
+            encoder = UMT5Encoder(config)
         # float16 overflows in the feed-forward's second matrix
         keep = (lambda name: ".wo." in name) if dtype is torch.float16 else (lambda name: False)
         load_into(encoder, open_tensors(part, "model"), dtype=dtype, device=device, keep_float32=keep)
         return cls(encoder, _load_tokenizer(folder / "tokenizer"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts are encoded."""
+        return self.encoder.shared.weight.device
 
     @property
     def tokenizer_class(self) -> str:
@@ -58,8 +66,7 @@ class TextEncoder:
         """Write `text_encoder/` and `tokenizer/` into `folder`."""
         part = folder / "text_encoder"
         save_tensors(part, "model", module_tensors(self.encoder))
-        self.encoder.config.architectures = [type(self.encoder).__name__]
-        self.encoder.config.save_pretrained(part)
+        (part / "config.json").write_text(json.dumps(self.encoder.config.to_dict(), indent=2) + "\n")
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
     @torch.no_grad()
@@ -74,8 +81,8 @@ class TextEncoder:
             max_length=self.max_length,
             truncation=True,
             return_tensors="pt",
-        ).to(self.encoder.device)
-        states = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        ).to(self.device)
+        states = self.encoder(tokens.input_ids, tokens.attention_mask)
         return states.float() * tokens.attention_mask[..., None]
 
     def count_tokens(self, prompt: str) -> int:
@@ -96,23 +103,14 @@ def clean(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
 
 
-def make_small_text_encoder(*, seed: int = 0) -> tuple["UMT5EncoderModel", "ByT5Tokenizer"]:
+def make_small_text_encoder(*, seed: int = 0) -> tuple[UMT5Encoder, "ByT5Tokenizer"]:
     """The embedded model's text encoder, untrained: 3 layers, 128 wide, over the bytes of at most 159 characters."""
-    from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+    from transformers import ByT5Tokenizer
 
-    config = UMT5Config(
-        vocab_size=384,
-        d_model=128,
-        d_kv=32,
-        d_ff=256,
-        num_layers=3,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
+    config = UMT5Config(vocab_size=384, d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = UMT5EncoderModel(config)
+        encoder = UMT5Encoder(config).reset()
     return encoder, ByT5Tokenizer(model_max_length=160)
 
 
