@@ -79,17 +79,11 @@ class FilmSetOnDevice:
 
 @torch.no_grad()
 def read(encoder: TextEncoder, captions: list[str]) -> Text:
-    """Text states in bfloat16; the bytes that ByT5's tokenizer gives, without its minutes for a million captions."""
-    device, length = encoder.device, encoder.max_length
-    ids = np.zeros((len(captions), length), np.int64)
-    for row, text in zip(ids, captions, strict=True):
-        known = np.frombuffer(text.encode(), np.uint8)[: length - 1]
-        row[: len(known)] = known + 3
-        row[len(known)] = 1
-    ids = torch.from_numpy(ids).to(device)
-    with torch.autocast(device.type, torch.bfloat16):
-        states = encoder.encoder(ids, (ids > 0).long())
-    return (states * (ids > 0)[..., None]).bfloat16()
+    """Text states in bfloat16."""
+    tokens, mask = (x.to(encoder.device) for x in encoder.tokenizer(captions))
+    with torch.autocast(encoder.device.type, torch.bfloat16):
+        states = encoder.encoder(tokens, mask)
+    return (states * mask[..., None]).bfloat16()
 
 
 class ResidentFilms:

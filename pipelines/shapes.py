@@ -15,6 +15,7 @@ from torch import nn
 from longvid.checkpoints.diffusers_folder import save_folder, scheduler_config
 from longvid.models.dit import SKYREELS, WAN, DiT, DiTConfig
 from longvid.models.text import TextEncoder
+from longvid.models.tokenizers import ByteTokenizer
 from longvid.models.umt5 import UMT5Config, UMT5Encoder
 from longvid.models.vae import VAE, VAEConfig
 
@@ -100,10 +101,8 @@ def save_shape(name: str, path: Path) -> Path:
 
 
 def _text(shape: Shape) -> TextEncoder:
-    from transformers import ByT5Tokenizer
-
     config = UMT5Config(vocab_size=384, d_model=shape.dit.text_dim, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    return TextEncoder(UMT5Encoder(config).reset(), ByT5Tokenizer(model_max_length=shape.text_tokens))
+    return TextEncoder(UMT5Encoder(config).reset(), ByteTokenizer(shape.text_tokens))
 
 
 @torch.no_grad()

@@ -59,8 +59,7 @@ def train_text(config: TextTraining, *, resume: bool = False) -> Iterator[dict]:
 
     def loss_at(step: int) -> dict[str, Tensor]:
         captions, labels = caption_batch(np.random.default_rng((config.loop.seed, step)), config.loop.batch_size)
-        tokens = tokenizer(captions, padding="longest", return_tensors="pt")
-        logits = reader(tokens.input_ids, tokens.attention_mask)
+        logits = reader(*tokenizer(captions, max(map(tokenizer.count, captions))))
         losses = torch.stack([F.cross_entropy(logits[name], labels[name]) for name in labels])
         right = {name: (logits[name].argmax(-1) == labels[name]).float().mean() for name in labels}
         groups = {f"right_{word}": torch.stack([v for k, v in right.items() if k.startswith(word)]).mean()

@@ -160,7 +160,7 @@ def save_folder(path: Path | str, *, dit: DiT, vae: VAE, text: TextEncoder, sche
         "_diffusers_version": DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", text.tokenizer_class],
+        "tokenizer": ["transformers", text.tokenizer.class_name],
         "transformer": ["diffusers", transformer["_class_name"]],
         "vae": ["diffusers", VAE_CLASS],
     }

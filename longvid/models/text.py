@@ -1,34 +1,28 @@
 """Text encoder: umT5 and the folder's own tokenizer, as Wan and SkyReels-V2 use them.
 
 A prompt is cleaned, padded to a fixed number of tokens and encoded under its mask; states past its end are zero and
-stay, so cross-attention always sees the same number of tokens. The tokenizers are those of transformers, which is
-imported when it is needed.
+stay, so cross-attention always sees the same number of tokens.
 """
 
 import html
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from longvid.checkpoints.safetensor_files import load_into, module_tensors, open_tensors, read_json, save_tensors
+from longvid.models.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from longvid.models.umt5 import UMT5Config, UMT5Encoder
 from longvid.types import Text
-
-if TYPE_CHECKING:
-    from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
-
-MAX_TOKENS = 512  # what the models of the Wan family are trained with
 
 
 class TextEncoder:
     """Prompts to text states. `max_length` is the number of tokens that every prompt gets, end mark included."""
 
-    def __init__(self, encoder: UMT5Encoder, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, encoder: UMT5Encoder, tokenizer: Tokenizer):
         self.encoder = encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.max_length = min(MAX_TOKENS, tokenizer.model_max_length)
+        self.max_length = tokenizer.max_length
 
     @classmethod
     def load(cls, folder: Path | str, dtype: torch.dtype, device: torch.device | str = "cpu") -> "TextEncoder":
@@ -49,25 +43,19 @@ class TextEncoder:
         # float16 overflows in the feed-forward's second matrix
         keep = (lambda name: ".wo." in name) if dtype is torch.float16 else (lambda name: False)
         load_into(encoder, open_tensors(part, "model"), dtype=dtype, device=device, keep_float32=keep)
-        return cls(encoder, _load_tokenizer(folder / "tokenizer"))
+        return cls(encoder, load_tokenizer(folder / "tokenizer"))
 
     @property
     def device(self) -> torch.device:
         """Where prompts are encoded."""
         return self.encoder.shared.weight.device
 
-    @property
-    def tokenizer_class(self) -> str:
-        """The name under which any version of transformers loads the tokenizer as it is."""
-        name = type(self.tokenizer).__name__
-        return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
-
     def save(self, folder: Path) -> None:
         """Write `text_encoder/` and `tokenizer/` into `folder`."""
         part = folder / "text_encoder"
         save_tensors(part, "model", module_tensors(self.encoder))
         (part / "config.json").write_text(json.dumps(self.encoder.config.to_dict(), indent=2) + "\n")
-        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.tokenizer.save(folder / "tokenizer")
 
     @torch.no_grad()
     def __call__(self, *prompts: str) -> Text:
@@ -75,19 +63,12 @@ class TextEncoder:
 
         Wan2.1 (arXiv 2503.20314), section 4: umT5 states, read by cross-attention in every layer.
         """
-        tokens = self.tokenizer(
-            [clean(prompt) for prompt in prompts],
-            padding="max_length",
-            max_length=self.max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
-        states = self.encoder(tokens.input_ids, tokens.attention_mask)
-        return states.float() * tokens.attention_mask[..., None]
+        tokens, mask = (x.to(self.device) for x in self.tokenizer([clean(prompt) for prompt in prompts]))
+        return self.encoder(tokens, mask).float() * mask[..., None]
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of the whole prompt, end mark included."""
-        return len(self.tokenizer(clean(prompt), verbose=False).input_ids)
+        return self.tokenizer.count(clean(prompt))
 
     def surplus(self, prompt: str) -> int:
         """How many tokens of the prompt are past the limit and would be cut; 0 if it fits."""
@@ -103,28 +84,10 @@ def clean(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
 
 
-def make_small_text_encoder(*, seed: int = 0) -> tuple[UMT5Encoder, "ByT5Tokenizer"]:
+def make_small_text_encoder(*, seed: int = 0) -> tuple[UMT5Encoder, ByteTokenizer]:
     """The embedded model's text encoder, untrained: 3 layers, 128 wide, over the bytes of at most 159 characters."""
-    from transformers import ByT5Tokenizer
-
     config = UMT5Config(vocab_size=384, d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = UMT5Encoder(config).reset()
-    return encoder, ByT5Tokenizer(model_max_length=160)
-
-
-def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """ByT5's, or whatever `tokenizer.json` holds, taken as it is (T5's own class would rebuild its normalizer)."""
-    from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, T5TokenizerFast
-
-    kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
-    if kind == "ByT5Tokenizer":
-        cls = ByT5Tokenizer
-    elif (folder / "tokenizer.json").exists():
-        cls = PreTrainedTokenizerFast
-    elif (folder / "spiece.model").exists():
-        cls = T5TokenizerFast
-    else:
-        raise ValueError(f"{folder}: {kind} needs tokenizer.json or spiece.model, and neither is there")
-    return cls.from_pretrained(folder, local_files_only=True)
+    return encoder, ByteTokenizer(160)

@@ -9,12 +9,12 @@ import decord
 import numpy as np
 import pytest
 import torch
-from transformers import ByT5Tokenizer
 
 from longvid.checkpoints.diffusers_folder import save_folder, scheduler_config
 from longvid.media import VideoWriter
 from longvid.models.dit import SKYREELS, DiT, DiTConfig
 from longvid.models.text import TextEncoder
+from longvid.models.tokenizers import ByteTokenizer
 from longvid.models.umt5 import UMT5Config, UMT5Encoder
 from longvid.models.vae import VAE, VAEConfig
 from pipelines import cli
@@ -43,7 +43,7 @@ def save_random_folder(path):
     for parameter in (*dit.parameters(), *vae.parameters()):
         parameter.data.add_(0.1 * torch.randn(parameter.shape))
     config = UMT5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    text = TextEncoder(UMT5Encoder(config).reset(), ByT5Tokenizer(model_max_length=TOKENS))
+    text = TextEncoder(UMT5Encoder(config).reset(), ByteTokenizer(TOKENS))
     save_folder(path, dit=dit, vae=vae, text=text, scheduler=scheduler_config(3.0), longvid=DEFAULTS)
     return path
 

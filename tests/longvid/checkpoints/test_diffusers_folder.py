@@ -12,7 +12,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from longvid.checkpoints.diffusers_folder import load_dit, load_vae, open_folder, save_folder, scheduler_config
 from longvid.models.text import TextEncoder, make_small_text_encoder
@@ -37,13 +37,13 @@ def save_reference(path, kind):
     """A tiny random checkpoint, written whole by diffusers, its transformer in shards."""
     torch.manual_seed(0)
     transformer, pipeline, extra = KINDS[kind]
-    ours, tokenizer = make_small_text_encoder()
+    ours, _ = make_small_text_encoder()
     encoder = UMT5EncoderModel(UMT5Config.from_dict(ours.config.to_dict()))
     parts = {
         "transformer": transformer(**DIT, **extra),
         "vae": AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
         "text_encoder": encoder,
-        "tokenizer": tokenizer,
+        "tokenizer": ByT5Tokenizer(model_max_length=160),
         "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     }
     pipeline(**parts).save_pretrained(path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import SkyReelsV2DiffusionForcingPipeline, WanPipeline
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, UMT5EncoderModel
 
 from longvid.models.text import TextEncoder, clean, make_small_text_encoder
 
@@ -33,7 +33,8 @@ def test_states_are_those_of_diffusers(text, folder, pipeline, prompt, monkeypat
     monkeypatch.setitem(sys.modules, "ftfy", ftfy)
     monkeypatch.setattr(sys.modules[pipeline.__module__], "ftfy", ftfy, raising=False)
     encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True).eval()
-    parts = SimpleNamespace(tokenizer=text.tokenizer, text_encoder=encoder, _execution_device=torch.device("cpu"))
+    tokenizer = ByT5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    parts = SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder, _execution_device=torch.device("cpu"))
     with torch.no_grad():
         theirs = pipeline._get_t5_prompt_embeds(parts, prompt, max_sequence_length=text.max_length)
     ours = text(prompt)
@@ -62,6 +63,16 @@ def test_surplus_counts_what_is_cut(text):
     assert text.count_tokens("abc") == 4 and text.surplus("abc") == 0
     assert text.surplus("a" * 159) == 0 and text.surplus("a" * 160) == 1 and text.surplus("\u732b" * 60) == 21
     assert torch.equal(text("a" * 300), text("a" * 159))
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, ["a", ""], ["\U0001f3b5"]])
+@pytest.mark.parametrize("length", [None, 7, 300])
+def test_tokens_are_those_of_byt5(text, folder, prompts, length):
+    theirs = ByT5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    expected = theirs(prompts, padding="max_length", max_length=length or 160, truncation=True, return_tensors="pt")
+    tokens, mask = text.tokenizer(prompts, length)
+    assert torch.equal(tokens, expected.input_ids) and torch.equal(mask, expected.attention_mask)
+    assert [text.tokenizer.count(prompt) for prompt in prompts] == [len(theirs(prompt).input_ids) for prompt in prompts]
 
 
 def test_clean():
@@ -96,8 +107,10 @@ def test_released_tokenizer_is_taken_as_it_is(text, tmp_path, model_max_length, 
         file.unlink()
     unigram_folder(tmp_path, model_max_length)
     loaded = TextEncoder.load(tmp_path, torch.float32)
-    assert loaded.max_length == expected and loaded.tokenizer_class == "PreTrainedTokenizerFast"
-    assert loaded.tokenizer(clean("Red KITE")).input_ids == [5, 4, 1]
+    assert loaded.max_length == expected and loaded.tokenizer.class_name == "PreTrainedTokenizerFast"
+    tokens, mask = loaded.tokenizer([clean("Red KITE")], 5)
+    assert (tokens.tolist(), mask.tolist()) == ([[5, 4, 1, 0, 0]], [[1, 1, 1, 0, 0]])
+    assert loaded.count_tokens("Red KITE") == 3
     assert loaded("red kite")[0, 3:].eq(0).all()
 
 
@@ -117,11 +130,12 @@ def test_errors(text, tmp_path, part, name, content, message):
         TextEncoder.load(tmp_path, torch.float32)
 
 
-def test_import_is_cheap_and_loading_is_silent(folder):
+def test_bytes_need_no_library_and_loading_is_silent(folder):
     script = (
-        "import sys, torch; from longvid.models.text import TextEncoder; assert 'transformers' not in sys.modules;"
+        "import sys, torch; from longvid.models.text import TextEncoder;"
         f"text = TextEncoder.load({str(folder)!r}, torch.float32); text('x' * 400);"
-        "assert text.surplus('x' * 400) == 241"
+        "assert text.surplus('x' * 400) == 241;"
+        "assert not {'transformers', 'torch._dynamo'} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
