@@ -168,8 +168,8 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[str, str]:
 
 
 def choose_vae_dtype(device: str, vae_dtype: str | None) -> str:
-    """float32, as Wan's VAE is released, but on a CPU that multiplies bfloat16: 1.8 times as fast with AMX, 1.4 with
-    AVX-512 BF16."""
+    """float32, as Wan's VAE is released, but on a CPU that multiplies bfloat16, where that takes half the time or less
+    (AVX-512 BF16)."""
     if vae_dtype is None and device == "cpu":
         import torch
 

@@ -47,18 +47,20 @@ def memory(folder: Path) -> None:
 
 def processes(folder: Path) -> None:
     """Two processes of one thread each: memory of each, a long video against a short one, and what snapshots cost."""
-    peaks = {}
-    for seconds in (10, 60):
+    peaks: dict[int, list[list[float]]] = {10: [], 60: []}
+    for seconds in (10, 60) * 3:
         trace = folder / "trace.json"
         words = ["--nproc", "2", "--threads", "1", "--trace", str(trace)]
-        peaks[seconds] = command(folder, seconds, "two", *words)["peak_memory_mb"]
+        peaks[seconds].append(command(folder, seconds, "two", *words)["peak_memory_mb"])
         events = json.loads(trace.read_text())["traceEvents"]
-    for rank, (short, long) in enumerate(zip(peaks[10], peaks[60], strict=True)):
+    medians = {seconds: [statistics.median(runs) for runs in zip(*found, strict=True)]
+               for seconds, found in peaks.items()}  # fmt: skip
+    for rank, (short, long) in enumerate(zip(*medians.values(), strict=True)):
         print(f"peak memory of process {rank}: 10 s of video {short:.0f} MiB, 60 s {long:.0f} MiB, "
-              f"{100 * (long / short - 1):+.1f} %")  # fmt: skip
+              f"{100 * (long / short - 1):+.1f} % (medians of 3)")  # fmt: skip
     spans = [e for e in events if e["ph"] == "X" and e["pid"] == 0]
     whole = max(e["ts"] + e["dur"] for e in spans)
-    for rank in range(len(peaks[60])):
+    for rank in range(2):
         share = sum(e["dur"] for e in spans if e["tid"] == rank and e["name"] == "snapshot") / whole
         print(f"snapshots take {100 * share:.2f} % of the run on process {rank}")
 
