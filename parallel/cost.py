@@ -4,7 +4,7 @@ Times are in seconds, or in any one unit; sizes in bytes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -83,6 +83,11 @@ class Costs:
         """A message's time."""
         return self.latency + num_bytes / self.bandwidth
 
+    def at_speed(self, passes: float, decode: float) -> "Costs":
+        """The same of a machine that takes so many times as long for passes, and for decoding."""
+        slower = {name: passes * getattr(self, name) for name in ("fixed", "per_latent", "per_pair", "first", "last")}
+        return replace(self, **slower, decode=decode * self.decode)
+
 
 def mean_costs(costs: Sequence[Costs]) -> Costs:
     """The mean of what several processes have measured."""
@@ -138,10 +143,20 @@ class Timeline:
         return self.decodes[0][1]
 
     @property
+    def pass_time(self) -> float:
+        """Time of all passes on all processes."""
+        return float(np.nansum(self.ends - self.starts))
+
+    @property
+    def decode_time(self) -> float:
+        """Time of all decoding."""
+        return sum(end - start for start, end, _ in self.decodes)
+
+    @property
     def idle(self) -> tuple[float, ...]:
         """Share of the makespan in which each process neither computes a pass nor decodes, as in `pipelines.trace`."""
         busy = np.nansum(self.ends - self.starts, axis=1)
-        busy[0] += sum(end - start for start, end, _ in self.decodes)
+        busy[0] += self.decode_time
         return tuple(float(1 - x / self.makespan) for x in busy)
 
     @property

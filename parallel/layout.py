@@ -9,11 +9,19 @@ from parallel.grid import Grid
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A grid, the layers of each of its stages, and what the cost model expects of it."""
+    """A grid, the layers of each of its stages, and what the cost model expects of it by those costs."""
 
     grid: Grid
     layers: tuple[range, ...]
+    costs: Costs
+    shape: ModelShape
     planned: Timeline
+
+    def at_speed(self, pass_time: float, decode_time: float) -> Timeline:
+        """What it expects where all passes, and all decoding, take that time in sum: the machine was not as fast as
+        when it was measured."""
+        passes, decode = pass_time / self.planned.pass_time, decode_time / self.planned.decode_time
+        return simulate(self.planned.plan, self.grid, self.layers, self.costs.at_speed(passes, decode), self.shape)
 
     @property
     def in_words(self) -> str:
@@ -30,5 +38,6 @@ def fastest(plan: Plan, grids: list[Grid], costs: Costs, shape: ModelShape) -> L
     layouts = []
     for grid in grids:
         layers = tuple(best_split(plan, grid, costs, shape))
-        layouts.append(Layout(grid=grid, layers=layers, planned=simulate(plan, grid, layers, costs, shape)))
+        planned = simulate(plan, grid, layers, costs, shape)
+        layouts.append(Layout(grid=grid, layers=layers, costs=costs, shape=shape, planned=planned))
     return min(layouts, key=lambda layout: layout.planned.makespan)

@@ -26,6 +26,7 @@ FIGURES = {
     "fps": lambda r: r["metrics"]["fps"],
     "makespan s": lambda r: r["schedule"]["measured_makespan_s"],
     "planned s": lambda r: r["schedule"]["planned_makespan_s"],
+    "planned at its speed s": lambda r: r["schedule"].get("planned_at_its_speed_s"),
     "idle": lambda r: statistics.mean(r["schedule"]["measured_idle"]),
     "planned idle": lambda r: statistics.mean(r["schedule"]["planned_idle"]),
     "peak MiB": lambda r: max(r["metrics"]["peak_memory_mb"]),

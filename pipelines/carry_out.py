@@ -47,7 +47,7 @@ def carry_out(options, task, described: dict, num_frames: int, stage=None, layou
         for name, meter in zip(names, meters.meters, strict=True):
             print(f"latent_sha256 {meter.latent_sha256}" + (f" {name}" if len(names) > 1 else ""), file=sys.stderr)
     if task.outputs.trace:
-        _write_trace(task.outputs.trace, meters.meters[0], layout.planned, quiet=options.quiet)
+        _write_trace(task.outputs.trace, meters.meters[0], layout, quiet=options.quiet)
     return print_lines(names)
 
 
@@ -109,17 +109,17 @@ def print_lines(lines: Iterable[str]) -> int:
     return EXIT_DONE
 
 
-def _write_trace(path: Path, meter, planned, *, quiet: bool) -> None:
+def _write_trace(path: Path, meter, layout, *, quiet: bool) -> None:
     """Write what was done and planned; say how they compare."""
     from pipelines.record import write_json
     from pipelines.trace import chrome_trace
 
-    content = chrome_trace(meter.spans, planned)
+    content = chrome_trace(meter.spans, layout)
     write_json(path, content)
     if not quiet:
         found = content["otherData"]
-        print(f"planned {found['planned_makespan_s']:.2f} s, measured {found['measured_makespan_s']:.2f} s",
-              file=sys.stderr)  # fmt: skip
+        print(f"planned {found['planned_makespan_s']:.2f} s, {found['planned_at_its_speed_s']:.2f} s at the speed that "
+              f"it had, measured {found['measured_makespan_s']:.2f} s", file=sys.stderr)  # fmt: skip
 
 
 def whole_command(options, task) -> list[str]:

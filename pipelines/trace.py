@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from parallel.cost import Timeline
+from parallel.layout import Layout
 
 MEASURED, PLANNED = 0, 1
 """Process ids in the file; its threads are ranks."""
@@ -51,17 +52,28 @@ def idle(spans: Sequence[Sequence[Span]]) -> list[float]:
     return [1 - sum(span.end - span.start for span in of_rank) / 1e9 / whole for of_rank in spans]
 
 
-def chrome_trace(spans: Sequence[Sequence[Span]], planned: Timeline | None) -> dict:
-    """The file's content: spans of each rank, and below them what the cost model expected from the first on."""
+def _total(spans: Sequence[Sequence[Span]], name: str) -> float:
+    """Seconds in spans of that name, of all processes."""
+    return sum(span.end - span.start for of_rank in spans for span in of_rank if span.name == name) / 1e9
+
+
+def chrome_trace(spans: Sequence[Sequence[Span]], layout: Layout | None) -> dict:
+    """The file's content: spans of each rank, and below them what the cost model expected from the first on.
+
+    In `otherData` are both makespans, and what it expects of a machine that is as fast as this one was in this run.
+    """
     origin = min(span.start for of_rank in spans for span in of_rank)
     events = [_name(MEASURED, "measured")]
     for rank, of_rank in enumerate(spans):
         events += [_event(MEASURED, rank, span.name, (span.start - origin) / 1e3, (span.end - span.start) / 1e3,
                           span.about) for span in of_rank]  # fmt: skip
     summary = {"measured_makespan_s": makespan(spans), "measured_idle": idle(spans)}
-    if planned is not None:
+    if layout is not None:
+        planned = layout.planned
         events += [_name(PLANNED, "planned"), *_planned_events(planned)]
-        summary |= {"planned_makespan_s": planned.makespan, "planned_idle": list(planned.idle)}
+        at_speed = layout.at_speed(_total(spans, "pass"), _total(spans, "decode"))
+        summary |= {"planned_makespan_s": planned.makespan, "planned_at_its_speed_s": at_speed.makespan,
+                    "planned_idle": list(planned.idle)}  # fmt: skip
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": summary}
 
 

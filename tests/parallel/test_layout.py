@@ -34,3 +34,17 @@ def test_no_possible_layout_is_faster(costs):
         layers = split_layers([1.0] * 6, grid.num_stages)
         assert chosen.planned.makespan <= simulate(plan, grid, layers, costs, SHAPE).makespan
     assert sum(map(len, chosen.layers)) == 6 and f"{chosen.grid.num_stages} stages" in chosen.in_words
+
+
+def test_a_machine_that_turned_out_slower_is_expected_to_take_longer():
+    """Twice the time for all passes and all decoding is twice the makespan; more of one alone is less than that."""
+    plan = make_plan(METHODS["rolling"](num_steps=4, guidance_scale=3.0), 30)
+    grids = possible_grids(2, Limits(num_layers=6, num_heads=2, num_rows=2, num_lanes=2), Degrees())
+    layout = fastest(plan, grids, Costs(fixed=1.0, per_pair=0.1, first=0.5, last=0.2, decode=3.0), SHAPE)
+    passes, decode = layout.planned.pass_time, layout.planned.decode_time
+    assert decode == pytest.approx(3.0 * 30) and passes > decode
+    assert layout.at_speed(passes, decode).makespan == pytest.approx(layout.planned.makespan)
+    twice = layout.at_speed(2 * passes, 2 * decode)
+    assert twice.makespan == pytest.approx(2 * layout.planned.makespan)
+    assert (twice.pass_time, twice.decode_time) == pytest.approx((2 * passes, 2 * decode))
+    assert layout.planned.makespan < layout.at_speed(2 * passes, decode).makespan < twice.makespan

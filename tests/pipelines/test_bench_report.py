@@ -31,7 +31,8 @@ def record(name, nproc, seconds):
         "case": {"name": name, "model": None, "method": None, "nproc": nproc, "threads": 1, "layout": "stages",
                  "words": []},
         "process_s": 5.0, "metrics": metrics, "sweep": "longvid bench --out x", "date": "2026-01-01",
-        "schedule": {**idle, "measured_makespan_s": 3.0, "planned_makespan_s": 2.5}, "command": ["longvid"],
+        "schedule": {**idle, "measured_makespan_s": 3.0, "planned_makespan_s": 2.5,
+                     "planned_at_its_speed_s": 2.9}, "command": ["longvid"],
         "hardware": {"cpu": "<cpu>", "cores": 2, "gpus": []}, "versions": {"torch": "2"},
     }  # fmt: skip
 

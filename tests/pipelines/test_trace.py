@@ -32,6 +32,8 @@ def test_what_was_done_is_what_was_planned(model, here, words):
     assert all(0 <= idle < 1 for idle in summary["measured_idle"])
     last = max(e["ts"] + e["dur"] for e in done)
     assert min(e["ts"] for e in done) == 0 and summary["measured_makespan_s"] == pytest.approx(last / 1e6)
+    spent = sum(e["dur"] for e in done if e["name"] in ("pass", "decode")) / 1e6
+    assert spent / num * 0.99 < summary["planned_at_its_speed_s"] < 3 * spent, "no process works for longer than that"
     for rank in range(num):  # a process does one thing at a time
         spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in done if e["tid"] == rank)
         assert all(b[0] >= a[1] - 0.01 for a, b in zip(spans, spans[1:], strict=False))
