@@ -128,10 +128,9 @@ class Point:
 
 
 def timesteps_of(p: Pass, device: torch.device) -> Timesteps:
-    """What the model is told of each latent of a pass, (1, f)."""
-    sizes = torch.tensor([cover.stop - cover.start for cover in p.covers])
-    told = torch.tensor([cover.timestep for cover in p.covers], dtype=torch.float32)
-    return told.repeat_interleave(sizes)[None].to(device)
+    """What the model is told of each latent of a pass, (1, f), or of all, (1, 1), where it is the same."""
+    told = [cover.timestep for cover in p.covers for _ in range(cover.start, cover.stop)]
+    return torch.tensor([told if len(set(told)) > 1 else told[:1]], dtype=torch.float32, device=device)
 
 
 @torch.no_grad()

@@ -132,6 +132,10 @@ class Attention(nn.Module):
         keys = self.norm_k(self.to_k(x)).unflatten(-1, (self.num_heads, -1))
         return keys, self.to_v(x).unflatten(-1, (self.num_heads, -1))
 
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., d) -> three times (..., n, head dimension)."""
+        return self.query(x), *self.key_value(x)
+
     def output(self, x: Tensor) -> Tensor:
         """(..., n, head dimension) -> (..., d)."""
         return self.to_out[0](x.flatten(-2))
@@ -208,9 +212,15 @@ def modulation_table(rows: int, dim: int) -> Tensor:
     return torch.randn(1, rows, dim) / dim**0.5
 
 
-def layer_norm(x: Tensor, eps: float) -> Tensor:
-    """Layer norm without parameters, in float32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm, scaled and shifted by (b, f or 1, 1, 1, d), in float32.
+
+    Where there is one scale for all it is the norm's weight: one pass over memory instead of two.
+    """
+    x, size = x.float(), x.shape[-1:]
+    if shift.numel() == size[0]:
+        return F.layer_norm(x, size, (1 + scale).flatten(), shift.flatten(), eps)
+    return torch.addcmul(shift, F.layer_norm(x, size, eps=eps), 1 + scale)
 
 
 class Layer(nn.Module):
@@ -237,10 +247,10 @@ class Layer(nn.Module):
         exchange: Exchange = Exchange(),  # noqa: B008  it has no state
     ) -> tuple[Tensor, KV]:
         """Hidden states (b, f, h, w, d) to hidden states, and this layer's features of them."""
-        table = (self.scale_shift_table + modulation.float())[..., None, None, :]  # (b, f, 6, 1, 1, d)
+        table = (self.scale_shift_table + modulation.float())[..., None, None, :]  # (b, f or 1, 6, 1, 1, d)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = table.unbind(2)
 
-        normed = torch.addcmul(shift_attn, layer_norm(x, self.eps), 1 + scale_attn).type_as(x)
+        normed = modulated(x, shift_attn, scale_attn, self.eps).type_as(x)
         attended, features = self._self_attention(normed, before, after, turn, visible, exchange)
         x = torch.addcmul(x.float(), attended.float(), gate_attn).type_as(x)
 
@@ -248,7 +258,7 @@ class Layer(nn.Module):
         query = self.attn2.query(normed).flatten(1, 3)
         x = x + self.attn2.output(attend(query, *text)).view_as(x)
 
-        normed = torch.addcmul(shift_ffn, layer_norm(x, self.eps), 1 + scale_ffn).type_as(x)
+        normed = modulated(x, shift_ffn, scale_ffn, self.eps).type_as(x)
         return torch.addcmul(x.float(), self.ffn(normed).float(), gate_ffn).type_as(x), features
 
     def _self_attention(
@@ -260,8 +270,7 @@ class Layer(nn.Module):
         visible: "Tensor | BlockMask | None",
         exchange: Exchange,
     ) -> tuple[Tensor, KV]:
-        parts = (self.attn1.query(x), *self.attn1.key_value(x))
-        query, keys, values = exchange.by_heads(*(y.flatten(2, 3) for y in parts))
+        query, keys, values = exchange.by_heads(*(y.flatten(2, 3) for y in self.attn1.query_key_value(x)))
         own = KV(keys, values)
         start = sum(kv.keys.shape[1] for kv in before) * query.shape[2]
         query = rotate(query.flatten(1, 2), turn, start)
@@ -314,7 +323,7 @@ class DiT(nn.Module):
         """Velocity of the latents (b, c, f, h, w) and the features that each layer leaves.
 
         A part without the first layer takes hidden states (b, f, h, w, d), one without the last gives them.
-        `timesteps` are 1000 sigma per latent. `fps` matters only to models with an fps embedding (16, or anything
+        `timesteps` are 1000 sigma per latent, (b, f), or (b, 1) where they are all the same. `fps` matters only to models with an fps embedding (16, or anything
         else: SkyReels-V2 DF-1.3B). Without `keep` the features are dropped layer by layer and none are given: all of a
         joint window of a 14B model would be 42 GB. `mask` (latents, latents), True where one may see another, or what
         is added to scores, (b, n, tokens, tokens) or broadcast to it, is for training; inference needs none. With an
@@ -355,6 +364,6 @@ class DiT(nn.Module):
     def _unembed(self, x: Tensor, time: Tensor) -> Latents:
         table = self.scale_shift_table + time.float()[:, :, None]
         shift, scale = rearrange(table, "b f k d -> k b f 1 1 d")
-        x = self.proj_out((layer_norm(x, self.config.eps) * (1 + scale) + shift).type_as(x))
+        x = self.proj_out(modulated(x, shift, scale, self.config.eps).type_as(x))
         _, height, width = self.config.patch_size
         return rearrange(x.float(), "b f h w (p q c) -> b c f (h p) (w q)", p=height, q=width)

@@ -7,7 +7,7 @@ that may follow in the same pass over memory, it takes 0.6 to 0.8 of the time at
 import torch
 from torch import Tensor, nn
 
-from longvid.models.dit import DiT, FeedForward, TanhGELU
+from longvid.models.dit import Attention, DiT, FeedForward, TanhGELU
 
 
 class PackedLinear(nn.Module):
@@ -22,6 +22,27 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim_in) -> (..., dim_out)."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.attributes)
+
+
+class PackedSelfAttention(nn.Module):
+    """`plain`, whose queries, keys and values come of one product."""
+
+    output = Attention.output
+
+    def __init__(self, plain: Attention):
+        super().__init__()
+        layers = (plain.to_q, plain.to_k, plain.to_v)
+        joined = nn.Linear(plain.to_q.in_features, 3 * plain.to_q.out_features, device="meta")
+        for name in ("weight", "bias"):
+            setattr(joined, name, nn.Parameter(torch.cat([getattr(layer, name).detach() for layer in layers])))
+        self.num_heads, self.to_qkv, self.to_out = plain.num_heads, PackedLinear(joined), plain.to_out
+        self.norm_q, self.norm_k = plain.norm_q, plain.norm_k
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., d) -> three times (..., n, head dimension). Values are copied: a view would keep all three alive."""
+        queries, keys, values = self.to_qkv(x).chunk(3, -1)
+        parts = (self.norm_q(queries), self.norm_k(keys), values.contiguous())
+        return tuple(part.unflatten(-1, (self.num_heads, -1)) for part in parts)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -40,6 +61,7 @@ def pack(dit: DiT) -> DiT:
     for block in dit.blocks.values():
         if not can_pack(block.attn1.to_q.weight):
             break
+        block.attn1 = PackedSelfAttention(block.attn1)
         for module in list(block.modules()):
             if isinstance(module, FeedForward) and isinstance(module.net[1], TanhGELU):
                 module.net[0].proj, module.net[1] = PackedLinear(module.net[0].proj, gelu=True), nn.Identity()
