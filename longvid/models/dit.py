@@ -323,12 +323,12 @@ class DiT(nn.Module):
         """Velocity of the latents (b, c, f, h, w) and the features that each layer leaves.
 
         A part without the first layer takes hidden states (b, f, h, w, d), one without the last gives them.
-        `timesteps` are 1000 sigma per latent, (b, f), or (b, 1) where they are all the same. `fps` matters only to models with an fps embedding (16, or anything
-        else: SkyReels-V2 DF-1.3B). Without `keep` the features are dropped layer by layer and none are given: all of a
-        joint window of a 14B model would be 42 GB. `mask` (latents, latents), True where one may see another, or what
-        is added to scores, (b, n, tokens, tokens) or broadcast to it, is for training; inference needs none. With an
-        `exchange` the latents (hidden states) are some rows of all, and so is what comes out; features are of some
-        heads.
+        `timesteps` are 1000 sigma per latent, (b, f), or (b, 1) where they are all the same. `fps` matters only to
+        models with an fps embedding (16, or anything else: SkyReels-V2 DF-1.3B). Without `keep` the features are
+        dropped layer by layer and none are given: all of a joint window of a 14B model would be 42 GB. `mask` (latents,
+        latents), True where one may see another, or what is added to scores, (b, n, tokens, tokens) or broadcast to it,
+        is for training; inference needs none. With an `exchange` the latents (hidden states) are some rows of all, and
+        so is what comes out; features are of some heads.
         """
         if self.is_first:
             x = rearrange(self.patch_embedding(x.to(self.proj_dtype)), "b d f h w -> b f h w d").contiguous()
