@@ -23,7 +23,7 @@ class LevelRule(StrEnum):
     UNIFORM = "uniform"
 
 
-NAMED = {"kind": Kind, "solver": Solver, "first_solver": Solver, "level_rule": LevelRule, "noise": Noise}
+NAMED = {"kind": Kind, "solver": Solver, "level_rule": LevelRule, "noise": Noise}
 """Fields of a method whose values have names."""
 
 
@@ -34,8 +34,8 @@ class Method:
     `sink`, `history`, `left` and `right` bound the context: the video's first latents, clean latents directly before,
     latents of cleaner neighbours still in the queue, latents of the noisier neighbour. `max_keys` bounds what one
     attention sees in all (0: no bound): the context shrinks until it fits beside the pass. With `first_steps` a video's
-    first block is made in so many steps of its own, by `first_solver` if that is given, before another begins, like an
-    image that a video starts from; with 0 it is a block as the others. `window` > 0 cuts the video into windows that
+    first block is made in so many steps of its own before another begins, like an image that a video starts from; with
+    0 it is a block as the others. `window` > 0 cuts the video into windows that
     each run a matrix of their own and share `overlap` clean latents with the one before; `condition_level` is the noise
     put on them.
     """
@@ -52,7 +52,6 @@ class Method:
     guidance_scale: float
     noise: Noise = Noise.IID
     first_steps: int = 0
-    first_solver: Solver | None = None
     sink: int = 0
     history: int = 0
     left: int = 0
@@ -73,7 +72,7 @@ class Method:
     def _check_numbers(self) -> None:
         for name, names in NAMED.items():
             value = getattr(self, name)
-            if not isinstance(value, names) and not (name == "first_solver" and value is None):
+            if not isinstance(value, names):
                 raise ValueError(f"{name}={value!r} must be a {names.__name__}: {', '.join(names)}")
         least = {"block_size": 1, "first_block_size": 1, "num_steps": 1}
         for name in (*least, "lag", "first_steps", "sink", "history", "left", "right", "max_keys", "window", "overlap"):

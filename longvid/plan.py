@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from longvid.method import Method
 from longvid.passes import Pass, Window, ready_passes, tick_passes
-from longvid.schedule import Schedule, Solver
+from longvid.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,6 @@ class Plan:
     def schedule_of(self, block: int) -> Schedule:
         """The schedule that a block walks down: a video's first block may have its own."""
         return self.schedule if self.address(block)[1] else self.first_schedule
-
-    def solver_of(self, block: int) -> Solver:
-        """How a block goes from one level to the next."""
-        method = self.method
-        is_own = method.first_steps and not self.num_ready and not self.address(block)[1]
-        return (method.first_solver or method.solver) if is_own else method.solver
 
     def video(self, p: Pass) -> int:
         """The video that a pass belongs to."""

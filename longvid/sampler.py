@@ -103,7 +103,7 @@ class Queue:
         return x[:, :, cover.start : cover.stop]
 
     def _step(self, block: int, velocity: Latents) -> None:
-        solver, step, fresh = self.plan.solver_of(block), self.steps[block], None
+        solver, step, fresh = self.plan.method.solver, self.steps[block], None
         schedule = self.plan.schedule_of(block)
         if solver.needs_noise and step + 1 < schedule.num_steps:
             fresh = self.noise(block, step).to(self.device)

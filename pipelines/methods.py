@@ -19,26 +19,23 @@ def rolling(
 
     A block sees the video's first latent and the 6 before itself, noisy neighbours and clean history alike. The first
     block is the first latent alone, a single frame to the VAE, and it is clean before another begins: what to show is
-    settled there, how it moves after. New noise at each of its steps lets it correct itself.
+    settled there, how it moves after. New noise at each step, as in Self-Forcing (arXiv 2506.08009) and Rolling Forcing
+    (arXiv 2509.25161), lets what went wrong be put right.
     """
     return Method(
         name="rolling", kind=Kind.CAUSAL, block_size=block_size, first_block_size=1, num_steps=num_steps,
-        lag=lag, first_steps=num_steps, first_solver=Solver.RENOISE, solver=Solver.UNIPC,
-        level_rule=LevelRule.UNIFORM, flow_shift=flow_shift, guidance_scale=guidance_scale, sink=1, history=6, left=6,
-        max_keys=7 + block_size, retire=True,
+        lag=lag, first_steps=num_steps, solver=Solver.RENOISE, level_rule=LevelRule.UNIFORM, flow_shift=flow_shift,
+        guidance_scale=guidance_scale, sink=1, history=6, left=6, max_keys=7 + block_size, retire=True,
     )  # fmt: skip
 
 
 def rolling_fast(
     *, num_steps: int = 4, lag: int = 1, block_size: int = 3, guidance_scale: float = 1.0, flow_shift: float = 5.0
 ) -> Method:
-    """`rolling` for models distilled to few steps: no guidance, and new noise at each step.
-
-    Levels and re-noising as in Self-Forcing (arXiv 2506.08009) and Rolling Forcing (arXiv 2509.25161).
-    """
+    """`rolling` for models distilled to few steps: no guidance, and the levels of Self-Forcing and Rolling Forcing."""
     method = rolling(num_steps=num_steps, lag=lag, block_size=block_size, guidance_scale=guidance_scale,
                      flow_shift=flow_shift)  # fmt: skip
-    return replace(method, name="rolling-fast", first_solver=None, solver=Solver.RENOISE)
+    return replace(method, name="rolling-fast")
 
 
 def dualparal(

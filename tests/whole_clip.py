@@ -171,7 +171,7 @@ def roll_without_features(
                 v = [velocity[:, :, offset : offset + stop - start] for velocity in lanes.values()]
                 v = guide(v[1], v[0], method.guidance_scale) if len(v) > 1 else v[0]
                 kept[block, step + 1], states[block] = solver_step(
-                    plan.solver_of(block),
+                    method.solver,
                     kept[block, step],
                     v,
                     states.get(block),
