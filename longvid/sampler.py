@@ -130,7 +130,7 @@ class Point:
 def timesteps_of(p: Pass, device: torch.device) -> Timesteps:
     """What the model is told of each latent of a pass, (1, f), or of all, (1, 1), where it is the same."""
     told = [cover.timestep for cover in p.covers for _ in range(cover.start, cover.stop)]
-    return torch.tensor([told if len(set(told)) > 1 else told[:1]], dtype=torch.float32, device=device)
+    return torch.tensor([told if len(set(told)) > 1 else told[:1]], dtype=torch.float32).to(device)
 
 
 @torch.no_grad()

@@ -1,10 +1,13 @@
 """Snapshots appear whole or not at all, damage is noticed, and only the last ones are kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from longvid.plan import make_plan
 from longvid.sampler import noise_of, sample
+from longvid.schedule import Solver
 from parallel import snapshot
 from pipelines.methods import rolling
 from tests.whole_clip import CHANNELS, FPS, HEIGHT, WIDTH, texts_of, tiny_dit, words
@@ -14,8 +17,8 @@ WHOLE = snapshot.part_of(range(2), range(2))
 
 @pytest.fixture(scope="module")
 def run():
-    """A plan, its noise, and all points of its run with what had left before each."""
-    plan, dit = make_plan(rolling(num_steps=3), 20), tiny_dit()
+    """A plan whose solver has a state, a model, and noise."""
+    plan, dit = make_plan(replace(rolling(num_steps=3), solver=Solver.UNIPC), 20), tiny_dit()
     noise = noise_of(plan, 3, CHANNELS, HEIGHT, WIDTH)
     return plan, dit, noise
 
