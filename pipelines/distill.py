@@ -113,7 +113,7 @@ class Witness:
         with torch.set_grad_enabled(is_seen):
             velocity, features = self.student(x, timesteps, self._read(), context, fps=fps, keep=keep)
             if is_seen:
-                self._note(p, denoise(x, velocity.float(), (timesteps / 1000).expand(len(x), -1)))
+                self._note(p, denoise(x, velocity.float(), (timesteps / 1000).expand(len(x), x.shape[2])))
         return velocity.detach(), {i: type(kv)(*(y.detach() for y in kv)) for i, kv in features.items()}
 
     def _note(self, p: Pass, clean: Latents) -> None:
