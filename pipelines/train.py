@@ -49,8 +49,7 @@ TINY_DEFAULTS = {
     "name": "tiny", "method": "rolling", "height": 128, "width": 128, "fps": 16, "num_frames": 961,
     "prompt": "a red ball bounces on a navy background", "changes": {"num_steps": 8, "lag": 2},
 }  # fmt: skip
-"""What `longvid.json` of the embedded model says. It shows no more with 16 steps, and what should turn does so in fewer
-of the seconds if neighbours differ by less than a quarter of the way (its card)."""
+"""What `longvid.json` of the embedded model says; with 16 steps at lag 4 it does no better (its card)."""
 
 SAMPLE_PROMPTS = ("a red ball bounces on a navy background", "a yellow star spins on black", "a cyan ring drifts right")
 """What is shown of a DiT while it trains."""

@@ -11,12 +11,14 @@ from longvid.models.dit import Attention, DiT, FeedForward, TanhGELU
 
 
 class PackedLinear(nn.Module):
-    """`linear`, and GELU by its tanh approximation with `gelu`, of the values that its weights have now."""
+    """Layers of one input, their outputs side by side, of the values that their weights have now; then, with `gelu`,
+    GELU by its tanh approximation."""
 
-    def __init__(self, linear: nn.Linear, *, gelu: bool = False):
+    def __init__(self, *layers: nn.Linear, gelu: bool = False):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias.detach()
+        weight, self.bias = (torch.cat([getattr(layer, name).detach() for layer in layers])
+                             for name in ("weight", "bias"))  # fmt: skip
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.attributes = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,12 +33,8 @@ class PackedSelfAttention(nn.Module):
 
     def __init__(self, plain: Attention):
         super().__init__()
-        layers = (plain.to_q, plain.to_k, plain.to_v)
-        joined = nn.Linear(plain.to_q.in_features, 3 * plain.to_q.out_features, device="meta")
-        for name in ("weight", "bias"):
-            setattr(joined, name, nn.Parameter(torch.cat([getattr(layer, name).detach() for layer in layers])))
-        self.num_heads, self.to_qkv, self.to_out = plain.num_heads, PackedLinear(joined), plain.to_out
-        self.norm_q, self.norm_k = plain.norm_q, plain.norm_k
+        self.num_heads, self.norm_q, self.norm_k = plain.num_heads, plain.norm_q, plain.norm_k
+        self.to_qkv, self.to_out = PackedLinear(plain.to_q, plain.to_k, plain.to_v), plain.to_out
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., d) -> three times (..., n, head dimension). Values are copied: a view would keep all three alive."""
