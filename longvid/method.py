@@ -35,8 +35,8 @@ class Method:
     latents of cleaner neighbours still in the queue, latents of the noisier neighbour. `max_keys` bounds what one
     attention sees in all (0: no bound): the context shrinks until it fits beside the pass. With `first_steps` a video's
     first block is made in so many steps of its own before another begins, like an image that a video starts from; with
-    0 it is a block as the others. `window` > 0 cuts the video into windows that each run a matrix of their own and share
-    `overlap` clean latents with the one before; `condition_level` is the noise put on them.
+    0 it is a block as the others. `window` > 0 cuts the video into windows that each run a matrix of their own and
+    share `overlap` clean latents with the one before; `condition_level` is the noise put on them.
     """
 
     name: str
