@@ -140,15 +140,20 @@ def attributes(world: World) -> dict[str, int]:
     return {name: classes.index(words[name]) for name, classes in ATTRIBUTES.items()}
 
 
-def sample_world(rng: np.random.Generator) -> World:
-    """Draw a world: a quarter have two things of different colours, thing 1 left of or above thing 2; 30 % pan."""
+def sample_world(rng: np.random.Generator, spins: float = 1.0) -> World:
+    """Draw a world: a quarter have two things of different colours, thing 1 left of or above thing 2; 30 % pan.
+
+    A thing spins `spins` times as often as it has each other motion.
+    """
+    often = np.array([spins if motion == "spins" else 1.0 for motion in MOTIONS])
     background = str(rng.choice(BACKGROUNDS, p=(0.54, 0.14, 0.11, 0.09, 0.12)))
     colours = _sample_background_colours(rng, 1 if background == "plain" else 2)
     camera = str(rng.choice(CAMERAS, p=(0.2, 0.4, 0.4))) if background in _PATTERNS else "still"
     seen = [name for name in COLOURS if all(_distance(name, behind) >= _CONTRAST for behind in colours)]
     kinds = []
     for colour in rng.choice(seen, 2 if rng.random() < 0.25 else 1, replace=False):
-        motion, size, speed = (str(rng.choice(words)) for words in (MOTIONS, SIZES, SPEEDS))
+        motion = str(rng.choice(MOTIONS, p=None if spins == 1 else often / often.sum()))
+        size, speed = (str(rng.choice(words)) for words in (SIZES, SPEEDS))
         shape = str(rng.choice([name for name in SHAPES if motion != "spins" or name not in _ROUND]))
         kinds.append({"shape": shape, "colour": str(colour), "motion": motion, "size": size, "speed": speed})
     rooms = _rooms(rng, [kind["motion"] for kind in kinds])

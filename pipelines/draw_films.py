@@ -31,11 +31,12 @@ _slots = np.empty(0, np.uint8)  # (slots, films, frames, height, width, 3); a pr
 
 
 def draw_and_encode(
-    vae: VAE, sets: Mapping[FilmSet, int], *, seed: int, workers: int, seconds: float
+    vae: VAE, sets: Mapping[FilmSet, int], *, seed: int, workers: int, seconds: float, spins: float = 1.0
 ) -> Iterator[tuple[str, dict]]:
     """Yield the name of each set and its `latents` (films, c, f, h, w) in bfloat16, `captions` and `is_cut` (films).
 
-    `sets` says how many films of each are wanted, which is rounded up; after `seconds` no more are begun.
+    `sets` says how many films of each are wanted, which is rounded up; after `seconds` no more are begun. Things spin
+    `spins` times as often as they have each other motion.
     Linux only: processes are forked. Raises ValueError if a set would be empty.
     """
     global _slots
@@ -44,7 +45,7 @@ def draw_and_encode(
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         for films, count in sets.items():
             latents, captions, is_cut = [], [], []
-            for slot, found in _drawn(pool, films, count, seed, stop):
+            for slot, found in _drawn(pool, films, count, seed, stop, spins):
                 has_gap = films.num_latents > SINK + BLOCK and len(latents) % 2 == 1
                 drawn = _slots[slot, :, : _num_drawn(films.num_latents, is_cut=has_gap)]
                 frames = torch.from_numpy(drawn).to(next(vae.parameters()).device)
@@ -92,7 +93,9 @@ def _shared(slots: int, num_frames: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), np.uint8).reshape(shape)
 
 
-def _drawn(pool: Pool, films: FilmSet, count: int, seed: int, stop: float) -> Iterator[tuple[int, list[list[str]]]]:
+def _drawn(
+    pool: Pool, films: FilmSet, count: int, seed: int, stop: float, spins: float
+) -> Iterator[tuple[int, list[list[str]]]]:
     """Slots as they are filled, in order, with their films' captions; a slot that was yielded is drawn into again."""
     firsts = iter([films.first + i + parity for i in range(0, count, 2 * AT_ONCE) for parity in (0, 1)])
     waiting: list[AsyncResult] = []
@@ -100,7 +103,7 @@ def _drawn(pool: Pool, films: FilmSet, count: int, seed: int, stop: float) -> It
     def begin(slot: int) -> None:
         first = next(firsts, None)
         if first is not None and perf_counter() < stop:
-            waiting.append(pool.apply_async(_draw, (slot, seed, first, films.num_latents)))
+            waiting.append(pool.apply_async(_draw, (slot, seed, first, films.num_latents, spins)))
 
     for slot in range(len(_slots)):
         begin(slot)
@@ -110,12 +113,12 @@ def _drawn(pool: Pool, films: FilmSet, count: int, seed: int, stop: float) -> It
         begin(slot)
 
 
-def _draw(slot: int, seed: int, first: int, num_latents: int) -> tuple[int, list[list[str]]]:
+def _draw(slot: int, seed: int, first: int, num_latents: int, spins: float) -> tuple[int, list[list[str]]]:
     """Draw every second film from an address on."""
     captions = []
     for i, frames in enumerate(_slots[slot]):
         index = first + 2 * i
-        film = film_at(seed, index)
+        film = film_at(seed, index, spins)
         is_cut = not is_whole(film, num_latents)
         count = _num_drawn(num_latents, is_cut=is_cut)
         frames[:1] = worlds.draw(film.world, 1)

@@ -57,10 +57,10 @@ class Film:
     start: int
 
 
-def film_at(seed: int, index: int) -> Film:
-    """The film of that address."""
+def film_at(seed: int, index: int, spins: float = 1.0) -> Film:
+    """The film of that address, where things spin `spins` times as often as they have each other motion."""
     rng = np.random.default_rng((seed, index))
-    world = worlds.sample_world(rng)
+    world = worlds.sample_world(rng, spins)
     return Film(world=world, start=SINK if index % 2 == 0 else int(rng.integers(SINK + 1, FURTHEST)))
 
 

@@ -43,7 +43,7 @@ class StepSizes:
     """What a step holds: films whose first latent is seen at `COPIES` levels, openings, and long clips of both masks.
 
     `weights` are those of the losses of pictures, openings and long clips. `recalled_share` of the long clips see their
-    context as a model makes it out.
+    context as a model makes it out, `untold_share` of these as it does without their text.
     """
 
     pictures: int = 128
@@ -52,6 +52,7 @@ class StepSizes:
     joint: int = 8
     weights: tuple[float, float, float] = (0.3, 0.2, 0.5)
     recalled_share: float = 0.25
+    untold_share: float = 0.5
 
     def scaled(self, scale: float) -> "StepSizes":
         """The same with so many times as much."""
@@ -131,13 +132,17 @@ class ResidentFilms:
         batch.counts[:, : SINK + BLOCK] &= ~((offset > 0) | films.is_cut[film])[:, None]
         return batch, self._some_dropped(states)
 
+    def without_some(self, states: Text, share: float) -> Text:
+        """The states, of a share of the clips those of no text."""
+        is_dropped = torch.rand(len(states), 1, 1, device=states.device) < share
+        return torch.where(is_dropped, self.no_text, states)
+
+    def _some_dropped(self, states: Text) -> Text:
+        return self.without_some(states, self.config.drop_text)
+
     def _batch(self, clean: Latents, rows: Tensor, mask: Tensor | None) -> Batch:
         levels = shift_level(rows, self.config.shift).index_select(1, self.block[: clean.shape[2]])
         return Batch(clean=clean, captions=[], levels=levels, counts=levels > CLEAN, mask=mask)
-
-    def _some_dropped(self, states: Text) -> Text:
-        is_dropped = torch.rand(len(states), 1, 1, device=states.device) < self.config.drop_text
-        return torch.where(is_dropped, self.no_text, states)
 
 
 def bias(mask: Tensor) -> Tensor:
@@ -153,7 +158,8 @@ def step_loss(dit: DiT, films: ResidentFilms, recaller: DiT, teacher: Teacher | 
     for kind, weight in zip((films.pictures, films.openings, films.clips), sizes.weights, strict=True):
         batch, states = kind()
         if kind == films.clips and sizes.recalled_share:
-            batch = recalled(batch, states, recaller, config, sizes.recalled_share)
+            known = films.without_some(states, sizes.untold_share)
+            batch = recalled(batch, known, recaller, config, sizes.recalled_share)
         errors, counts, _ = latent_errors(dit, batch, states, torch.randn_like(batch.clean), first_weight,
                                           dtype=config.dtype, fps=config.fps, teacher=teacher)  # fmt: skip
         total = total + weight * (errors * counts).sum() / counts.sum().clamp(min=1)
@@ -163,8 +169,8 @@ def step_loss(dit: DiT, films: ResidentFilms, recaller: DiT, teacher: Teacher | 
 def recalled(batch: Batch, states: Text, dit: DiT, config: DiTTraining, share: float) -> Batch:
     """The batch, in a share of whose clips the context is as a model makes it out in one step from noise.
 
-    What a model has made is never quite right, and what goes on from it should not go on with its mistakes. `dit` has
-    no gradient.
+    What a model has made is never quite right, and what goes on from it should not go on with its mistakes: made out
+    without its text, a thing has often the outline of another. `dit` has no gradient.
     """
     level = 0.2 + 0.6 * torch.rand(len(batch.clean), 1, device=batch.clean.device)
     levels = level.expand_as(batch.levels)

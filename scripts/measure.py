@@ -1,4 +1,4 @@
-"""Print the figures of the README: python scripts/measure.py [minute | memory | processes | vae | dit | oracle].
+"""Print the figures of the README: python scripts/measure.py [minute | memory | processes | vae | dit | oracle | gpu].
 
 Each is measured on this machine, now: whole commands in processes of their own, comparisons interleaved, medians.
 """
@@ -134,6 +134,46 @@ def dit(folder: Path) -> None:
           f"largest difference {difference:.1e}")  # fmt: skip
 
 
+def gpu(folder: Path) -> None:
+    """One forward of Wan2.1 1.3B's shape, random weights, bfloat16, on a GPU, against diffusers'; 21 latents 480x832."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from longvid.checkpoints.diffusers_folder import load_dit, open_folder
+    from pipelines.shapes import save_shape
+
+    made = save_shape("wan-1.3b", folder / "wan")
+    ours = load_dit(open_folder(made), torch.bfloat16, "cuda").eval()
+    theirs = WanTransformer3DModel.from_pretrained(made / "transformer", torch_dtype=torch.bfloat16).cuda().eval()
+    x = torch.randn(1, 16, 21, 60, 104, device="cuda", dtype=torch.bfloat16)
+    text, t = torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16), torch.full((1,), 500.0, device="cuda")
+    with torch.no_grad():
+        words = ours.text_features(text)
+
+        def finished(forward: Callable[[], object]) -> object:
+            found = forward()
+            torch.cuda.synchronize()
+            return found
+
+        def here() -> object:
+            return finished(lambda: ours(x, t[:, None], words)[0])
+
+        def reference() -> object:
+            return finished(lambda: theirs(x, t, text, return_dict=False)[0])
+
+        size = reference().float().norm()
+        difference = (here().float() - reference().float()).norm() / size
+        a, b = ratio(here, reference)
+        print(f"DiT forward on {torch.cuda.get_device_name()}, Wan 1.3B, 21 latents 60x104, bfloat16: ours {1e3 * a:.0f} "
+              f"ms, diffusers {1e3 * b:.0f} ms, ratio {a / b:.2f}, relative difference {difference:.1e}")  # fmt: skip
+        for layer in ours.blocks.values():
+            layer.compile(dynamic=False)
+        theirs.compile_repeated_blocks(dynamic=False)
+        a, b = ratio(here, reference)
+    print(f"the same, layers compiled on both sides: ours {1e3 * a:.0f} ms, diffusers {1e3 * b:.0f} ms, ratio "
+          f"{a / b:.2f}")  # fmt: skip
+
+
 def oracle(folder: Path) -> None:
     """How often the oracle is right about films of known worlds, as drawn and after the embedded VAE, and its seams."""
     import numpy as np
@@ -168,12 +208,13 @@ def oracle(folder: Path) -> None:
         print(f"seam ratio of the same every {size} frames: {drawn:.2f} as drawn, {coded:.2f} after the VAE")
 
 
-FIGURES = {"minute": minute, "memory": memory, "processes": processes, "vae": vae, "dit": dit, "oracle": oracle}
+FIGURES = {"minute": minute, "memory": memory, "processes": processes, "vae": vae, "dit": dit, "oracle": oracle,
+           "gpu": gpu}  # fmt: skip
 
 
 def main() -> None:
-    """Print the figures that were named, or all."""
-    names = sys.argv[1:] or list(FIGURES)
+    """Print the figures that were named, or all that need no GPU."""
+    names = sys.argv[1:] or [name for name in FIGURES if name != "gpu"]
     if unknown := [name for name in names if name not in FIGURES]:
         sys.exit(f"no figure {unknown[0]!r}; there are {', '.join(FIGURES)}")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
 """Train the models in the box on with one GPU, in minutes: python scripts/train_on_gpu.py DIR.
 
 Parts, each kept in DIR and not done again: `films` are drawn on all cores and encoded; `decoder` is the VAE's; `tiny`
-and `tiny-fast` are model folders. All begin as the model that is given. What is learned is what `longvid train decoder`
-and `longvid train dit` teach; here films stay on the GPU and a step is one CUDA graph. Linux only. Without a GPU:
-scripts/train_tiny.sh.
+and `tiny-fast` are model folders. All begin as the model that is given. `--only` does some alone: films and decoder,
+say, beside each other in two processes. What is learned is what `longvid train decoder` and `longvid train dit` teach;
+here films stay on the GPU and a step is one CUDA graph. Linux only. Without a GPU: scripts/train_tiny.sh.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from pipelines.resident_films import ResidentFilms, StepSizes, step_loss
 from pipelines.train_decoder import DecoderTraining, decoder_loss
 from pipelines.train_dit import DiTTraining, Teacher, prepare
 
+PARTS = ("films", "decoder", "tiny", "tiny-fast")
 DECODED_LATENTS = 15
 DECODED_AT_ONCE = 16
 GUIDANCE = 3.0
@@ -39,7 +40,7 @@ def make_films(options: argparse.Namespace, vae: VAE) -> None:
     sets = dict(zip((PICTURES, OPENINGS, LONG), options.films, strict=True))
     found = {}
     for name, films in draw_and_encode(vae, sets, seed=options.seed, workers=options.workers,
-                                       seconds=options.seconds[0]):  # fmt: skip
+                                       seconds=options.seconds[0], spins=options.spins):  # fmt: skip
         found[name] = films
         print(f"{name}: {len(films['latents'])} films", flush=True)
     save(found, options.dir / "films.pt")
@@ -56,7 +57,7 @@ def train_decoder(options: argparse.Namespace, vae: VAE) -> None:
     vae.requires_grad_(False)
     for part in (vae.post_quant_conv, vae.decoder):
         part.requires_grad_(True)
-    config = DecoderTraining(loop=loop(options, 1e-3), worst_noise=0.3)
+    config = DecoderTraining(loop=loop(options, 1e-3), worst_noise=0.2)
     rng = np.random.default_rng(options.seed + 1)
 
     def loss() -> Tensor:
@@ -131,11 +132,15 @@ def main() -> None:
     """Do the parts that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("dir", type=Path, help="where parts and models go")
+    parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, metavar="PART",
+                        help=f"some of {', '.join(PARTS)} (default: all)")  # fmt: skip
     parser.add_argument("--model", type=Path, default=BASE, help="folder to begin with (default: tiny in the box)")
     parser.add_argument("--seconds", type=float, nargs=4, default=(75, 145, 210, 80), metavar="S",
                         help="for films, decoder, tiny and tiny-fast (default: 75 145 210 80)")  # fmt: skip
     parser.add_argument("--films", type=int, nargs=3, default=(32_000, 8_000, 40_000), metavar="N",
                         help="pictures, openings and long films at most (default: 32000 8000 40000)")  # fmt: skip
+    parser.add_argument("--spins", type=float, default=3.0, metavar="W",
+                        help="how often things spin, against each other motion (default: 3)")  # fmt: skip
     parser.add_argument("--decoded", type=int, default=2048, metavar="N", help="films for the decoder (default: 2048)")
     parser.add_argument("--scale", type=float, default=1.0, help="size of a step's batches (default: 1)")
     parser.add_argument("--workers", type=int, default=14, help="processes that draw (default: 14)")
@@ -146,14 +151,15 @@ def main() -> None:
         parser.exit(2, "this trains on a GPU, and there is none; without one: scripts/train_tiny.sh DIR\n")
     options.dir.mkdir(parents=True, exist_ok=True)
     folder = open_folder(options.model)
-    if not (options.dir / "films.pt").exists():
-        make_films(options, load_vae(folder, torch.float32, options.device))
-    if not (options.dir / "decoder.pt").exists():
-        train_decoder(options, load_vae(folder, torch.float32, options.device))
-    if not (options.dir / "tiny").exists():
-        train_dit(options, "tiny", folder)
-    if not (options.dir / "tiny-fast").exists():
-        train_dit(options, "tiny-fast", open_folder(options.dir / "tiny"))
+    parts = {
+        "films": ("films.pt", lambda: make_films(options, load_vae(folder, torch.float32, options.device))),
+        "decoder": ("decoder.pt", lambda: train_decoder(options, load_vae(folder, torch.float32, options.device))),
+        "tiny": ("tiny", lambda: train_dit(options, "tiny", folder)),
+        "tiny-fast": ("tiny-fast", lambda: train_dit(options, "tiny-fast", open_folder(options.dir / "tiny"))),
+    }
+    for name, (made, make) in parts.items():
+        if name in options.only and not (options.dir / made).exists():
+            make()
 
 
 if __name__ == "__main__":
