@@ -211,8 +211,8 @@ def latent_errors(
     they came out too large and without a shape.
     """
     clean, noisy = batch.clean, add_noise(batch.clean, noise, batch.levels)
-    velocity = velocity_of(dit, batch, noisy, text, dtype=dtype, fps=fps)
     target = teacher(batch, noisy, text, dtype=dtype, fps=fps) if teacher else velocity_target(clean, noise)
+    velocity = velocity_of(dit, batch, noisy, text, dtype=dtype, fps=fps)
     channels = torch.ones(clean.shape[1:3], device=clean.device)
     channels[:, 0] = first_weight.to(clean.device)
     error = ((velocity - target).square() * channels[..., None, None]).mean(1)

@@ -7,6 +7,7 @@ here films stay on the GPU and a step is one CUDA graph. Linux only. Without a G
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -115,10 +116,17 @@ def loop(options: argparse.Namespace, learning_rate: float) -> LoopConfig:
 
 
 def report(name: str, records: Iterator[dict]) -> None:
-    """Print records as they come."""
+    """Print records as they come; a loss that runs away, or is no number, ends it all before anything is kept."""
+    first = None
     for record in records:
-        print(f"{name}: step {record['step']} of {record['of']}, loss {record['loss']:.4f}, {record['seconds']:.0f} s",
-              flush=True)  # fmt: skip
+        loss = record["loss"]
+        first = loss if first is None else first
+        print(
+            f"{name}: step {record['step']} of {record['of']}, loss {loss:.4f}, {record['seconds']:.0f} s", flush=True
+        )
+        if not loss <= 2 * first:
+            sys.exit(f"{name}: the loss went from {first:.2f} to {loss:.2f}: stopped, nothing of this part is kept. "
+                     "Another --seed may do; `longvid train dit` teaches the same in more time.")  # fmt: skip
 
 
 def save(found: dict, path: Path) -> None:

@@ -43,6 +43,16 @@ def test_all_parts(tmp_path, monkeypatch, capsys):
     assert made.returncode == 0 and (tmp_path / "a.mp4").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("last", (0.9, float("nan")))
+def test_a_loss_that_runs_away_ends_it(last, capsys):
+    report = runpy.run_path(str(SCRIPT))["report"]
+    records = [{"step": i, "of": 9, "loss": loss, "seconds": 1.0} for i, loss in enumerate((0.4, 0.5, last, 0.3))]
+    report("tiny", iter(records[:2]))
+    with pytest.raises(SystemExit, match="from 0.40 to .*nothing of this part"):
+        report("tiny", iter(records))
+    assert "step 3" not in capsys.readouterr().out
+
+
 def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
