@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longvid.checkpoints.diffusers_folder import Folder, load_dit, load_vae, open_folder, save_folder, scheduler_config
+from longvid.models.dit import DiT
 from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE
 from pipelines.configure import BASE
@@ -84,6 +85,8 @@ def train_dit(options: argparse.Namespace, name: str, folder: Folder) -> None:
                          device=options.device, compile=options.device != "cpu",
                          teacher_guidance=GUIDANCE if is_fast else 0.0)  # fmt: skip
     frozen = deepcopy(dit).requires_grad_(False)
+    if is_fast and options.student:
+        add_lesson(dit, options)
     for model in (dit.train(), frozen):
         prepare(model, config)
     torch.manual_seed(options.seed + 2 + is_fast)
@@ -100,6 +103,15 @@ def train_dit(options: argparse.Namespace, name: str, folder: Folder) -> None:
     vae = decoder_of(options, folder).cpu().bfloat16()
     save_folder(options.dir / name, dit=dit.cpu().bfloat16(), vae=vae, text=text,
                 scheduler=scheduler_config(3.0), longvid=defaults)  # fmt: skip
+
+
+@torch.no_grad()
+def add_lesson(dit: DiT, options: argparse.Namespace) -> None:
+    """Add to the weights what `--student` has learned beside `--model` (task arithmetic, arXiv 2212.04089)."""
+    student, before = (dict(load_dit(open_folder(path), torch.float32, options.device).named_parameters())
+                       for path in (options.student, options.model))  # fmt: skip
+    for name, p in dit.named_parameters():
+        p += student[name] - before[name]
 
 
 def decoder_of(options: argparse.Namespace, folder: Folder) -> VAE:
@@ -143,6 +155,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, metavar="PART",
                         help=f"some of {', '.join(PARTS)} (default: all)")  # fmt: skip
     parser.add_argument("--model", type=Path, default=BASE, help="folder to begin with (default: tiny in the box)")
+    parser.add_argument("--student", type=Path, metavar="DIR",
+                        help="a student of --model: tiny-fast begins with what it had learned beside that")  # fmt: skip
     parser.add_argument("--seconds", type=float, nargs=4, default=(75, 145, 210, 80), metavar="S",
                         help="for films, decoder, tiny and tiny-fast (default: 75 145 210 80)")  # fmt: skip
     parser.add_argument("--films", type=int, nargs=3, default=(32_000, 8_000, 40_000), metavar="N",

@@ -4,6 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def test_all_parts(tmp_path, monkeypatch, capsys):
     made = subprocess.run([sys.executable, "-m", "pipelines.cli", "generate", "--model", tmp_path / "tiny-fast",
                            "--seconds", "0.3", "--output", tmp_path / "a.mp4", "--quiet"], check=False)  # fmt: skip
     assert made.returncode == 0 and (tmp_path / "a.mp4").stat().st_size > 1000
+
+
+def test_what_a_student_has_learned_is_added():
+    add_lesson = runpy.run_path(str(SCRIPT))["add_lesson"]
+    tiny, fast = (load_dit(open_folder(BASE.with_name(name)), torch.float32) for name in ("tiny", "tiny-fast"))
+    options = Namespace(student=BASE.with_name("tiny-fast"), model=BASE, device="cpu")
+    add_lesson(tiny, options)
+    for name, p in tiny.named_parameters():
+        assert torch.allclose(p, fast.get_parameter(name), atol=1e-6)
 
 
 @pytest.mark.parametrize("last", (0.9, float("nan")))
