@@ -111,7 +111,7 @@ def add_lesson(dit: DiT, options: argparse.Namespace) -> None:
     student, before = (dict(load_dit(open_folder(path), torch.float32, options.device).named_parameters())
                        for path in (options.student, options.model))  # fmt: skip
     for name, p in dit.named_parameters():
-        p += student[name] - before[name]
+        p.add_(student[name] - before[name])
 
 
 def decoder_of(options: argparse.Namespace, folder: Folder) -> VAE:
