@@ -179,3 +179,10 @@ def test_wrong_values_are_refused_in_one_line():
         replace(world_of(), things=())
     with pytest.raises(ValueError, match="all must be positive"):
         draw(world_of(), 0)
+
+
+def test_things_spin_as_often_as_is_asked_for():
+    things = [t for i in range(2000) for t in sample_world(np.random.default_rng(i), spins=4.0).things]
+    share = sum(t.motion == "spins" for t in things) / len(things)
+    assert abs(share - 4 / 9) < 0.04  # three standard deviations
+    assert sample_world(np.random.default_rng(5), spins=1.0) == sample_world(np.random.default_rng(5))

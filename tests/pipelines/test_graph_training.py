@@ -129,6 +129,13 @@ def test_batches_are_as_the_host_would_make_them(films, sets):
     assert 16 < sum(dropped) < 48
 
 
+def test_a_share_of_the_clips_loses_its_text(films):
+    torch.manual_seed(4)
+    states = films.clips()[1]
+    assert torch.equal(films.without_some(states, 0.0), states)
+    assert torch.equal(films.without_some(states, 1.0), films.no_text.expand_as(states))
+
+
 def test_the_bias_hides_what_the_mask_hides(films):
     dit = load_dit(open_folder(BASE), torch.float32)
     mask = torch.tensor([[True, False], [True, True]])
