@@ -82,8 +82,8 @@ def configure(
 ) -> Run:
     """Complete and check a request; what is left out takes the model's defaults, and one seed is chosen.
 
-    `method_changes` are those of `pipelines.methods` (num_steps, lag, block_size, guidance_scale, flow_shift). Raises
-    ValueError for a request that cannot be met, with a value that works.
+    `method_changes` are those of `pipelines.methods` (num_steps, first_steps, lag, block_size, guidance_scale,
+    flow_shift). Raises ValueError for a request that cannot be met, with a value that works.
     """
     opened = open_folder(resolve_model(model))
     defaults = model_defaults(opened)
@@ -206,8 +206,8 @@ def frames_of_seconds(seconds: float, fps: int) -> int:
 
 def _method(name: str, has_image: bool, changes: Mapping[str, int | float]) -> Method:
     """The method with its changes, those that schedules cannot take refused under the name that the user gave."""
-    if "num_steps" in changes:
-        _whole("num_steps", changes["num_steps"], 1, NUM_TRAIN_TIMESTEPS)
+    for steps in ("num_steps", "first_steps"):
+        _whole(steps, changes.get(steps, 1), 1, NUM_TRAIN_TIMESTEPS)
     shift = changes.get("flow_shift", 1)
     if not 0.01 <= shift <= 1000:
         raise ValueError(f"flow_shift={shift} must be between 0.01 and 1000; try 3")

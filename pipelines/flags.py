@@ -70,6 +70,7 @@ def _add_video_flags(command: argparse.ArgumentParser) -> None:
     method.add_argument("--method", metavar="NAME", help="rolling, dualparal, skyreels-sync, skyreels-async, "
                         "rolling-forcing or self-forcing")  # fmt: skip
     method.add_argument("--num-inference-steps", "--num-steps", type=int, metavar="N", dest="num_steps")
+    method.add_argument("--first-steps", type=int, metavar="N", help="of a video's first latent, if more")
     method.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
     method.add_argument("--flow-shift", type=float, metavar="S")
     method.add_argument("--block-size", type=int, metavar="N", help="latents in a block")

@@ -25,6 +25,10 @@ from pipelines.optimise import Engine, alone
 from pipelines.several import read_prompts
 from pipelines.train import TrainRequest, check_new
 
+FIRST_STEPS = 3
+"""A student's first latent, where it is made alone, takes so many times the steps of a block: what it shows is settled
+there."""
+
 GAPS = 4
 """Lengths of rollouts for a teacher that was trained on clips with a gap after the first latent: as many, a block
 apart."""
@@ -80,7 +84,8 @@ def result_of(request: TrainRequest) -> Path:
 def student_defaults(opened: Folder, method: Method) -> dict:
     """What `longvid.json` of a model says that was made of that folder's to be used by a method of few steps."""
     defaults = {key: value for key, value in model_defaults(opened).items() if key != "changes"}
-    return {**defaults, "method": method.name, "name": f"{defaults.get('name', opened.path.name)}-fast"}
+    changes = {"changes": {"first_steps": FIRST_STEPS * method.num_steps}} if method.first_steps else {}
+    return {**defaults, **changes, "method": method.name, "name": f"{defaults.get('name', opened.path.name)}-fast"}
 
 
 def make_student(job: Student, engine: Engine = alone, *, is_first: bool = True) -> Iterator[dict]:

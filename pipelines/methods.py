@@ -13,28 +13,32 @@ from longvid.schedule import Noise, Solver
 
 
 def rolling(
-    *, num_steps: int = 16, lag: int = 1, block_size: int = 3, guidance_scale: float = 3.0, flow_shift: float = 3.0
-) -> Method:
+    *, num_steps: int = 16, first_steps: int = 0, lag: int = 1, block_size: int = 3, guidance_scale: float = 3.0,
+    flow_shift: float = 3.0,
+) -> Method:  # fmt: skip
     """Ours: the rolling queue, causal, for models trained block-causally with staircases of levels.
 
     A block sees the video's first latent and the 6 before itself, noisy neighbours and clean history alike. The first
     block is the first latent alone, a single frame to the VAE, and it is clean before another begins: what to show is
-    settled there, how it moves after. New noise at each step, as in Self-Forcing (arXiv 2506.08009) and Rolling Forcing
-    (arXiv 2509.25161), lets what went wrong be put right.
+    settled there, how it moves after. It takes `first_steps` if they are more, since one latent costs little. New noise
+    at each step, as in Self-Forcing (arXiv 2506.08009) and Rolling Forcing (arXiv 2509.25161), lets what went wrong be
+    put right.
     """
     return Method(
         name="rolling", kind=Kind.CAUSAL, block_size=block_size, first_block_size=1, num_steps=num_steps,
-        lag=lag, first_steps=num_steps, solver=Solver.RENOISE, level_rule=LevelRule.UNIFORM, flow_shift=flow_shift,
-        guidance_scale=guidance_scale, sink=1, history=6, left=6, max_keys=7 + block_size, retire=True,
+        lag=lag, first_steps=max(first_steps, num_steps), solver=Solver.RENOISE, level_rule=LevelRule.UNIFORM,
+        flow_shift=flow_shift, guidance_scale=guidance_scale, sink=1, history=6, left=6, max_keys=7 + block_size,
+        retire=True,
     )  # fmt: skip
 
 
 def rolling_fast(
-    *, num_steps: int = 4, lag: int = 1, block_size: int = 3, guidance_scale: float = 1.0, flow_shift: float = 5.0
-) -> Method:
+    *, num_steps: int = 4, first_steps: int = 0, lag: int = 1, block_size: int = 3, guidance_scale: float = 1.0,
+    flow_shift: float = 5.0,
+) -> Method:  # fmt: skip
     """`rolling` for models distilled to few steps: no guidance, and the levels of Self-Forcing and Rolling Forcing."""
-    method = rolling(num_steps=num_steps, lag=lag, block_size=block_size, guidance_scale=guidance_scale,
-                     flow_shift=flow_shift)  # fmt: skip
+    method = rolling(num_steps=num_steps, first_steps=first_steps, lag=lag, block_size=block_size,
+                     guidance_scale=guidance_scale, flow_shift=flow_shift)  # fmt: skip
     return replace(method, name="rolling-fast")
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -60,8 +61,10 @@ def requested(options: argparse.Namespace, case: str):
         return configure(model=options.also, **common)
     common["vae_dtype"] = "float32"  # as diffusers
     method = {"method": "skyreels-sync"} if case == WINDOWS else {}
-    return configure(model=options.model, num_steps=options.steps, guidance_scale=options.guidance_scale,
-                     flow_shift=options.flow_shift, **method, **common)  # fmt: skip
+    run = configure(model=options.model, num_steps=options.steps, guidance_scale=options.guidance_scale,
+                    flow_shift=options.flow_shift, **method, **common)  # fmt: skip
+    first_steps = min(run.method.first_steps, run.method.num_steps)
+    return replace(run, method=replace(run.method, first_steps=first_steps))
 
 
 class Clock:
@@ -158,6 +161,7 @@ def run_together(options: argparse.Namespace, layout: str, file: Path) -> dict:
     words = ["generate", "--model", run.model, "--prompt", run.prompt, "--num-frames", run.num_frames, "--seed",
              run.seed, "--num-inference-steps", options.steps, "--guidance-scale", options.guidance_scale,
              "--flow-shift", options.flow_shift, "--device", "cpu", "--vae-dtype", run.vae_dtype, "--nproc", num,
+             *(["--first-steps", options.steps] if run.method.first_steps else []),
              "--threads", options.threads, *(word.format(nproc=num) for word in LAYOUTS[layout]), "--output",
              file.with_suffix(".mp4"), "--metrics", metrics, "--quiet", "--overwrite"]  # fmt: skip
     start = time.time()

@@ -61,6 +61,8 @@ def refused(longvid, here):
         ("--fps 0", ["fps=0", "from 1 to 1000", "try 16"]),
         ("--fps 1001", ["fps=1001", "from 1 to 1000", "try 16"]),
         ("--num-inference-steps 0", ["num_steps=0", "from 1 to 1000", "try 16"]),
+        ("--first-steps 0", ["first_steps=0", "from 1 to 1000", "try 16"]),
+        ("--method dualparal --first-steps 8", ["--first-steps", "dualparal", "rolling"]),
         ("--num-inference-steps 1001", ["num_steps=1001", "from 1 to 1000", "try 16"]),
         ("--block-size 0", ["block_size=0", "at least 1"]),
         ("--method self-forcing --block-size 21", ["block_size=21", "max_keys=21", "try block_size 3"]),

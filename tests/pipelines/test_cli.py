@@ -4,17 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from longvid.contact_sheet import write_png
-from longvid.plan import make_plan, num_latents_of, rolling_steps
+from longvid.plan import num_latents_of, rolling_steps
 from pipelines import cli
 from pipelines.configure import configure
-from pipelines.methods import METHODS, make_method
-from pipelines.show_plan import plan_text
+from pipelines.methods import METHODS
 from tests.pipelines.conftest import FPS, HEIGHT, WIDTH, film, load, read_json
 
 ROOT = Path(__file__).parents[2]
@@ -139,8 +137,8 @@ def test_plans_are_printed(longvid, here, name, image):
     assert sum(line.startswith("tick ") for line in lines) == len(plan["passes"])
 
 
-def test_other_steps_of_the_first_block_are_printed():
-    lines = list(plan_text(make_plan(replace(make_method("rolling-fast"), first_steps=6), 7)))
+def test_other_steps_of_the_first_block_are_planned_and_printed(longvid):
+    lines = longvid("plan", "--method", "rolling-fast", "--first-steps", 6, "--num-frames", 25).out.splitlines()
     assert "4 steps (the first block 6, before another begins), lag 1" in lines[0]
     assert len(next(line for line in lines if line.startswith("timesteps of the first block 1000 ")).split()) == 5 + 7
 

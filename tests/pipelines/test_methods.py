@@ -248,6 +248,7 @@ def test_rolling_is_a_queue_of_lag_1_after_a_first_latent_with_one_pass_more_for
     for steps in (1, 4):
         assert make_method("rolling", num_steps=steps).first_steps == steps
         assert make_method("rolling-fast", num_steps=steps).first_steps == steps
+        assert make_method("rolling-fast", num_steps=steps, first_steps=3).first_steps == max(3, steps)
     assert Counter(p.covers[0].block for p in plan.passes if p.lane == 0) == {**dict.fromkeys(range(20), 17), 20: 16}
     for passes in by_tick(plan):
         queue = [p.covers[0] for p in passes if p.updates or p.covers[0].step < 16]

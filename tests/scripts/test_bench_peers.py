@@ -14,6 +14,7 @@ def test_windows_are_those_that_diffusers_is_asked_for():
     method = windows.method
     assert (method.window - 1, method.overlap - 1) == ((PEERS["WINDOW"] - 1) // 4, (PEERS["OVERLAP"] - 1) // 4)
     assert method.condition_level == PEERS["CONDITION"] / 1000
+    assert own.method.first_steps == own.method.num_steps, "equal steps"
     for name in ("num_steps", "guidance_scale", "flow_shift"):
         assert getattr(method, name) == getattr(own.method, name)
     assert (windows.prompt, windows.num_frames, windows.seed) == (own.prompt, own.num_frames, own.seed)

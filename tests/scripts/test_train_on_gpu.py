@@ -36,7 +36,8 @@ def test_all_parts(tmp_path, monkeypatch, capsys):
     old, new = (load_vae(folder, torch.float32).state_dict() for folder in (before, tiny))
     changed = {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"decoder"} or changed == {"decoder", "post_quant_conv"}
-    assert json.loads((tmp_path / "tiny-fast" / "longvid.json").read_text())["method"] == "rolling-fast"
+    defaults = json.loads((tmp_path / "tiny-fast" / "longvid.json").read_text())
+    assert defaults["method"] == "rolling-fast" and defaults["changes"] == {"first_steps": 12}
     run(monkeypatch, *words)
     assert not capsys.readouterr().out  # nothing is done twice
     made = subprocess.run([sys.executable, "-m", "pipelines.cli", "generate", "--model", tmp_path / "tiny-fast",
