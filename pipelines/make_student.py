@@ -25,7 +25,7 @@ from pipelines.optimise import Engine, alone
 from pipelines.several import read_prompts
 from pipelines.train import TrainRequest, check_new
 
-FIRST_STEPS = 3
+FIRST_STEPS = 6
 """A student's first latent, where it is made alone, takes so many times the steps of a block: what it shows is settled
 there."""
 
