@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from pipelines.optimizers import is_matrix
 
 WARM_UP_STEPS = 100
-LOOK_EVERY = 250
 
 
 class GraphTraining:
     """`model` learns from `loss()`; `follower` is a copy of it that has its averaged weights after each step.
 
-    Without `has_graph` steps are computed as they are written on a GPU, too: for losses that need the host.
+    Without `has_graph` steps are computed as they are written on a GPU, too: for losses that need the host. A record
+    comes every `look_every` steps; between two of them the memory that `loss` reads may be filled anew.
     """
 
     def __init__(
         self, model: nn.Module, loss: Callable[[], Tensor], *, learning_rate: float, ema_decay: float,
-        follower: nn.Module | None = None, has_graph: bool = True,
+        follower: nn.Module | None = None, has_graph: bool = True, look_every: int = 250,
     ):  # fmt: skip
         self.loss, self.learning_rate, self.ema_decay = loss, learning_rate, ema_decay
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -42,6 +42,7 @@ class GraphTraining:
         self.followers = list(follower.parameters()) if follower else []
         self.sum = torch.zeros((), device=self.device)
         self.has_graph, self.graph = has_graph and is_on_gpu, None
+        self.look_every = look_every
 
     def run(self, seconds: float) -> Iterator[dict]:
         """Train for so long, at least two steps, yielding records: a linear warm-up, then a cosine down to nothing.
@@ -56,7 +57,7 @@ class GraphTraining:
             self.rate.fill_(self.learning_rate * share * min(1.0, (done + 1) / WARM_UP_STEPS))
             self._compute() if self.graph is None else self.graph.replay()
             done += 1
-            if done in (2, 20) or done % LOOK_EVERY == 0 or done == num_steps:
+            if done in (2, 20) or done % self.look_every == 0 or done == num_steps:
                 loss, counted = self.sum.item() / (done - counted), done
                 self.sum.zero_()
                 now = perf_counter()

@@ -109,9 +109,10 @@ class ResidentFilms:
     def pictures(self) -> tuple[Batch, Text]:
         """First latents, each at levels that are spread evenly."""
         _, clean, states = self.sets[PICTURES.name].draw(self.sizes.pictures)
-        spread = torch.arange(COPIES, device=clean.device) + torch.rand(len(clean), COPIES, device=clean.device)
+        levels = picture_levels(len(clean), self.config.shift, clean.device)
         clean = clean.repeat_interleave(COPIES, 0)
-        return self._batch(clean, (spread / COPIES).view(-1, 1), None), self._some_dropped(states)
+        batch = Batch(clean=clean, captions=[], levels=levels, counts=levels > CLEAN, mask=None)
+        return batch, self._some_dropped(states)
 
     def openings(self) -> tuple[Batch, Text]:
         """A first block and the next."""
@@ -140,9 +141,15 @@ class ResidentFilms:
     def _some_dropped(self, states: Text) -> Text:
         return self.without_some(states, self.config.drop_text)
 
-    def _batch(self, clean: Latents, rows: Tensor, mask: Tensor | None) -> Batch:
+    def _batch(self, clean: Latents, rows: Tensor, mask: Tensor) -> Batch:
         levels = shift_level(rows, self.config.shift).index_select(1, self.block[: clean.shape[2]])
         return Batch(clean=clean, captions=[], levels=levels, counts=levels > CLEAN, mask=mask)
+
+
+def picture_levels(count: int, shift: float, device: torch.device) -> Tensor:
+    """Levels (count * COPIES, 1), those of each picture spread evenly before the shift."""
+    spread = torch.arange(COPIES, device=device) + torch.rand(count, COPIES, device=device)
+    return shift_level((spread / COPIES).view(-1, 1), shift)
 
 
 def bias(mask: Tensor) -> Tensor:

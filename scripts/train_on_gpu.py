@@ -3,12 +3,14 @@
 Parts, each kept in DIR and not done again: `films` are drawn on all cores and encoded; `decoder` is the VAE's; `tiny`
 and `tiny-fast` are model folders. All begin as the model that is given. `--only` does some alone: films and decoder,
 say, beside each other in two processes. What is learned is what `longvid train decoder` and `longvid train dit` teach;
-here films stay on the GPU and a step is one CUDA graph. Linux only. Without a GPU: scripts/train_tiny.sh.
+here films stay on the GPU and a step is one CUDA graph. At last each model learns from pictures that it makes itself
+and the oracle grades (`--graded`). Linux only. Without a GPU: scripts/train_tiny.sh.
 """
 
 import argparse
+import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from longvid.models.vae import VAE
 from pipelines.configure import BASE
 from pipelines.draw_films import AT_ONCE, draw_and_encode, draw_anywhere, encode_drawn
 from pipelines.film_latents import LONG, OPENINGS, PICTURES
+from pipelines.graded_pictures import GradedPictures, GradingSizes
 from pipelines.graph_training import GraphTraining
 from pipelines.make_student import student_defaults
 from pipelines.methods import make_method
@@ -35,6 +38,8 @@ PARTS = ("films", "decoder", "tiny", "tiny-fast")
 DECODED_LATENTS = 15
 DECODED_AT_ONCE = 16
 GUIDANCE = 3.0
+GRADED_EVERY, GRADED_RATE = 30, 5e-4
+"""Steps after which a model makes new pictures to be graded, and how fast it learns from them."""
 
 
 def make_films(options: argparse.Namespace, vae: VAE) -> None:
@@ -81,7 +86,7 @@ def train_dit(options: argparse.Namespace, name: str, folder: Folder) -> None:
     dit = load_dit(folder, torch.float32, options.device).requires_grad_(True)
     text = TextEncoder.load(folder.path, torch.float32, options.device)
     is_fast = name == "tiny-fast"
-    config = DiTTraining(loop=loop(options, 1e-3 if is_fast else 2e-3), drop_text=0.0 if is_fast else 0.1, fps=16,
+    config = DiTTraining(loop=loop(options, 5e-4 if is_fast else 2e-3), drop_text=0.0 if is_fast else 0.1, fps=16,
                          device=options.device, compile=options.device != "cpu",
                          teacher_guidance=GUIDANCE if is_fast else 0.0)  # fmt: skip
     frozen = deepcopy(dit).requires_grad_(False)
@@ -99,10 +104,31 @@ def train_dit(options: argparse.Namespace, name: str, folder: Folder) -> None:
     report(name, training.run(options.seconds[3 if is_fast else 2]))
     training.put_averages()
     defaults = student_defaults(folder, make_method("rolling-fast")) if is_fast else folder.longvid
+    vae = decoder_of(options, folder)
+    if options.graded:
+        save(dit.state_dict(), options.dir / f"{name}-ungraded.pt")
+        before = deepcopy(dit).requires_grad_(False)
+        prepare(before, config)
+        method = make_method(defaults["method"], **defaults["changes"])
+        graded = GradedPictures(before, vae, text, method, config, GradingSizes().scaled(options.scale))
+        report(name, learn_from_grades(dit, graded, lambda: step_loss(dit, films, frozen, teacher), options))
     text.encoder.to("cpu", torch.bfloat16)
-    vae = decoder_of(options, folder).cpu().bfloat16()
+    vae = vae.cpu().bfloat16()
     save_folder(options.dir / name, dit=dit.cpu().bfloat16(), vae=vae, text=text,
                 scheduler=scheduler_config(3.0), longvid=defaults)  # fmt: skip
+
+
+def learn_from_grades(
+    dit: DiT, graded: GradedPictures, film_loss: Callable[[], Tensor], options: argparse.Namespace
+) -> Iterator[dict]:
+    """Learn from what the model makes itself, and as before beside that, yielding records with the grade at last."""
+    training = GraphTraining(dit, lambda: film_loss() + graded.loss(dit), learning_rate=GRADED_RATE, ema_decay=0.98,
+                             look_every=GRADED_EVERY)  # fmt: skip
+    with multiprocessing.get_context("fork").Pool(options.workers) as pool:
+        graded.draw(pool, training.averages)
+        for record in training.run(options.graded):
+            yield {**record, "grade": graded.draw(pool, training.averages)}
+    training.put_averages()
 
 
 @torch.no_grad()
@@ -133,9 +159,9 @@ def report(name: str, records: Iterator[dict]) -> None:
     for record in records:
         loss = record["loss"]
         first = loss if first is None else first
-        print(
-            f"{name}: step {record['step']} of {record['of']}, loss {loss:.4f}, {record['seconds']:.0f} s", flush=True
-        )
+        grade = f", grade {record['grade']:.3f}" if "grade" in record else ""
+        print(f"{name}: step {record['step']} of {record['of']}, loss {loss:.4f}{grade}, {record['seconds']:.0f} s",
+              flush=True)  # fmt: skip
         if not loss <= 2 * first:
             sys.exit(f"{name}: the loss went from {first:.2f} to {loss:.2f}: stopped, nothing of this part is kept. "
                      "Another --seed may do; `longvid train dit` teaches the same in more time.")  # fmt: skip
@@ -159,6 +185,8 @@ def main() -> None:
                         help="a student of --model: tiny-fast begins with what it had learned beside that")  # fmt: skip
     parser.add_argument("--seconds", type=float, nargs=4, default=(75, 145, 210, 80), metavar="S",
                         help="for films, decoder, tiny and tiny-fast (default: 75 145 210 80)")  # fmt: skip
+    parser.add_argument("--graded", type=float, default=60, metavar="S",
+                        help="seconds more for each model to learn from its own pictures, graded (default: 60; 0: none)")  # fmt: skip
     parser.add_argument("--films", type=int, nargs=3, default=(32_000, 8_000, 40_000), metavar="N",
                         help="pictures, openings and long films at most (default: 32000 8000 40000)")  # fmt: skip
     parser.add_argument("--spins", type=float, default=3.0, metavar="W",

@@ -1,6 +1,7 @@
 """All parts of the training on a GPU, on a CPU and as small as can be: folders that `generate` takes."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -25,14 +26,17 @@ def run(monkeypatch, *words):
 def test_all_parts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(draw_films, "AT_ONCE", 2)
     words = (tmp_path, "--device", "cpu", "--workers", 1, "--films", 4, 4, 4, "--decoded", 2, "--scale", 0.02,
-             "--seconds", 1000, 0, 0, 0)  # fmt: skip
+             "--seconds", 1000, 0, 0, 0, "--graded", 0.1)  # fmt: skip
     run(monkeypatch, *words)
     said = capsys.readouterr().out
+    assert len(re.findall(r"\ntiny(-fast)?: step 2 of 2, loss 0.\d+, grade [01].\d+", said)) == 2
     assert all(f"{part}: step 2 of 2" in said for part in ("decoder", "tiny", "tiny-fast"))
     before, tiny, fast = (open_folder(path) for path in (BASE, tmp_path / "tiny", tmp_path / "tiny-fast"))
     for old, new in ((before, tiny), (tiny, fast)):
         a, b = (load_dit(folder, torch.float32).state_dict() for folder in (old, new))
-        assert any(not torch.equal(a[name], b[name]) for name in a)
+        ungraded = torch.load(tmp_path / f"{new.path.name}-ungraded.pt", weights_only=True)
+        for one, other in ((a, ungraded), (ungraded, b)):
+            assert any(not torch.equal(one[name].bfloat16(), other[name].bfloat16()) for name in a)
     old, new = (load_vae(folder, torch.float32).state_dict() for folder in (before, tiny))
     changed = {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"decoder"} or changed == {"decoder", "post_quant_conv"}
