@@ -76,32 +76,35 @@ def train_decoder(options: argparse.Namespace, vae: VAE) -> None:
 
     torch.backends.cudnn.benchmark = True
     training = GraphTraining(vae, loss, learning_rate=config.loop.learning_rate, ema_decay=0.998, has_graph=False)
-    report("decoder", training.run(options.seconds[1]))
+    report("decoder", training.run(options.seconds[1]), loss)
     training.put_averages()
     save(vae.state_dict(), options.dir / "decoder.pt")
 
 
 def train_dit(options: argparse.Namespace, name: str, folder: Folder) -> None:
     """`tiny` learns from films, `tiny-fast` what the model that it begins as says with guidance."""
-    dit = load_dit(folder, torch.float32, options.device).requires_grad_(True)
+    dit = load_dit(folder, torch.float32, options.device).train().requires_grad_(True)
     text = TextEncoder.load(folder.path, torch.float32, options.device)
     is_fast = name == "tiny-fast"
-    config = DiTTraining(loop=loop(options, 5e-4 if is_fast else 2e-3), drop_text=0.0 if is_fast else 0.1, fps=16,
-                         device=options.device, compile=options.device != "cpu",
-                         teacher_guidance=GUIDANCE if is_fast else 0.0)  # fmt: skip
+    config = DiTTraining(loop=loop(options, 5e-4 if is_fast else 2e-3), fps=16, device=options.device,
+                         compile=options.device != "cpu", teacher_guidance=GUIDANCE if is_fast else 0.0)  # fmt: skip
     frozen = deepcopy(dit).requires_grad_(False)
     if is_fast and options.student:
         add_lesson(dit, options)
-    for model in (dit.train(), frozen):
+    for model in (dit, frozen):
         prepare(model, config)
     torch.manual_seed(options.seed + 2 + is_fast)
     sets = torch.load(options.dir / "films.pt", weights_only=True, mmap=True)
     films = ResidentFilms(sets, text, config, StepSizes().scaled(options.scale))
     teacher = Teacher(dit=frozen, no_text=films.no_text, scale=GUIDANCE) if is_fast else None
-    training = GraphTraining(dit, lambda: step_loss(dit, films, frozen, teacher),
-                             learning_rate=config.loop.learning_rate, ema_decay=0.998 if is_fast else 0.999,
+
+    def film_loss() -> Tensor:
+        return step_loss(dit, films, frozen, teacher)
+
+    training = GraphTraining(dit, film_loss, learning_rate=config.loop.learning_rate,
+                             ema_decay=0.998 if is_fast else 0.999,
                              follower=None if is_fast else frozen)  # fmt: skip
-    report(name, training.run(options.seconds[3 if is_fast else 2]))
+    report(name, training.run(options.seconds[3 if is_fast else 2]), film_loss)
     training.put_averages()
     defaults = student_defaults(folder, make_method("rolling-fast")) if is_fast else folder.longvid
     vae = decoder_of(options, folder)
@@ -111,7 +114,7 @@ def train_dit(options: argparse.Namespace, name: str, folder: Folder) -> None:
         prepare(before, config)
         method = make_method(defaults["method"], **defaults["changes"])
         graded = GradedPictures(before, vae, text, method, config, GradingSizes().scaled(options.scale))
-        report(name, learn_from_grades(dit, graded, lambda: step_loss(dit, films, frozen, teacher), options))
+        report(name, learn_from_grades(dit, graded, film_loss, options), film_loss)
     text.encoder.to("cpu", torch.bfloat16)
     vae = vae.cpu().bfloat16()
     save_folder(options.dir / name, dit=dit.cpu().bfloat16(), vae=vae, text=text,
@@ -153,18 +156,24 @@ def loop(options: argparse.Namespace, learning_rate: float) -> LoopConfig:
     return LoopConfig(out=options.dir, num_steps=1, batch_size=1, learning_rate=learning_rate, seed=options.seed)
 
 
-def report(name: str, records: Iterator[dict]) -> None:
-    """Print records as they come; a loss that runs away, or is no number, ends it all before anything is kept."""
+def report(name: str, records: Iterator[dict], loss: Callable[[], Tensor]) -> None:
+    """Print records as they come; a loss that runs away, or is no number, ends it all before anything is kept.
+
+    What `loss` then is without what was compiled says whether that is to blame.
+    """
     first = None
     for record in records:
-        loss = record["loss"]
-        first = loss if first is None else first
+        found = record["loss"]
+        first = found if first is None else first
         grade = f", grade {record['grade']:.3f}" if "grade" in record else ""
-        print(f"{name}: step {record['step']} of {record['of']}, loss {loss:.4f}{grade}, {record['seconds']:.0f} s",
+        print(f"{name}: step {record['step']} of {record['of']}, loss {found:.4f}{grade}, {record['seconds']:.0f} s",
               flush=True)  # fmt: skip
-        if not loss <= 2 * first:
-            sys.exit(f"{name}: the loss went from {first:.2f} to {loss:.2f}: stopped, nothing of this part is kept. "
-                     "Another --seed may do; `longvid train dit` teaches the same in more time.")  # fmt: skip
+        if not found <= 2 * first:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                plain = loss().item()
+            sys.exit(f"{name}: the loss went from {first:.2f} to {found:.2f} (uncompiled: {plain:.2f}): stopped, "
+                     "nothing of this part is kept. Another --seed may do; `longvid train dit` teaches the same in "
+                     "more time.")  # fmt: skip
 
 
 def save(found: dict, path: Path) -> None:
@@ -186,7 +195,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, nargs=4, default=(75, 145, 210, 80), metavar="S",
                         help="for films, decoder, tiny and tiny-fast (default: 75 145 210 80)")  # fmt: skip
     parser.add_argument("--graded", type=float, default=60, metavar="S",
-                        help="seconds more for each model to learn from its own pictures, graded (default: 60; 0: none)")  # fmt: skip
+                        help="seconds more for each to learn from its own pictures, graded (default: 60; 0: none)")  # fmt: skip
     parser.add_argument("--films", type=int, nargs=3, default=(32_000, 8_000, 40_000), metavar="N",
                         help="pictures, openings and long films at most (default: 32000 8000 40000)")  # fmt: skip
     parser.add_argument("--spins", type=float, default=3.0, metavar="W",
