@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, nargs=4, default=(75, 145, 210, 80), metavar="S",
                         help="for films, decoder, tiny and tiny-fast (default: 75 145 210 80)")  # fmt: skip
     parser.add_argument("--graded", type=float, default=60, metavar="S",
-                        help="seconds more for each to learn from its own pictures, graded (default: 60; 0: none)")  # fmt: skip
+                        help="seconds more for each, from its own pictures (default: 60; 0: none)")  # fmt: skip
     parser.add_argument("--films", type=int, nargs=3, default=(32_000, 8_000, 40_000), metavar="N",
                         help="pictures, openings and long films at most (default: 32000 8000 40000)")  # fmt: skip
     parser.add_argument("--spins", type=float, default=3.0, metavar="W",
