@@ -109,7 +109,8 @@ def test_an_interrupted_run_says_how_to_go_on(model, here, uncut):
 @pytest.mark.parametrize("name", ["layer-001-lane-1.safetensors", "queue.safetensors"])
 def test_a_damaged_snapshot_is_said_and_the_one_before_is_used(model, here, uncut, name):
     cut(model, here, "generate", blocks=9)
-    newest = sorted((here / "v.run" / "snapshots").glob(f"*/{name}"))[-1]
+    files = {place: len(list(place.glob("*.safetensors"))) for place in (here / "v.run" / "snapshots").iterdir()}
+    newest = max(place for place, count in files.items() if count == max(files.values())) / name  # the last whole one
     newest.write_bytes(newest.read_bytes()[:-9])
     ran = resume(here)
     assert str(newest) in ran.stderr and "going on from the snapshot before" in ran.stderr
