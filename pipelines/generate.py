@@ -210,8 +210,13 @@ def _blocks(
 def decode(vae: VAE, latents: Latents, state: VAEState | None) -> tuple[np.ndarray, VAEState]:
     """Frames uint8 (n, height, width, 3) of the next latents of a stream, and the stream's state."""
     video, state = vae.decode(latents, state)
-    pixels = ((video[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return rearrange(pixels, "c t H W -> t H W c").cpu().numpy(), state
+    return to_frames(video)[0], state
+
+
+def to_frames(videos: Video) -> np.ndarray:
+    """Frames uint8 (b, n, height, width, 3) of videos (b, 3, n, height, width) in [-1, 1]."""
+    pixels = ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return rearrange(pixels, "b c t H W -> b t H W c").cpu().numpy()
 
 
 @torch.no_grad()

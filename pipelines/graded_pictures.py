@@ -27,6 +27,7 @@ from longvid.sampler import sample
 from longvid.types import Latents
 from longvid.worlds import World, sample_world
 from pipelines.draw_films import SIDE
+from pipelines.generate import to_frames
 from pipelines.resident_films import picture_levels, read
 from pipelines.train_dit import COPIES, Batch, DiTTraining, Teacher, velocity_of
 
@@ -116,11 +117,8 @@ class GradedPictures:
     @torch.no_grad()
     def _frames(self) -> np.ndarray:
         """What the pictures look like: uint8 (pictures, height, width, 3)."""
-        seen = []
-        for some in self.latents.split(DECODED_AT_ONCE):
-            video = self.vae.decode(some)[0][:, :, 0]
-            seen.append(((video + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu())
-        return torch.cat(seen).numpy()
+        some = (self.vae.decode(latents)[0] for latents in self.latents.split(DECODED_AT_ONCE))
+        return np.concatenate([to_frames(videos)[:, 0] for videos in some])
 
 
 def grade(frame: np.ndarray, world: World) -> float:

@@ -112,7 +112,7 @@ def train_dit(options: argparse.Namespace, name: str, folder: Folder) -> None:
         save(dit.state_dict(), options.dir / f"{name}-ungraded.pt")
         before = deepcopy(dit).requires_grad_(False)
         prepare(before, config)
-        method = make_method(defaults["method"], **defaults["changes"])
+        method = make_method(defaults["method"], **defaults.get("changes", {}))
         graded = GradedPictures(before, vae, text, method, config, GradingSizes().scaled(options.scale))
         report(name, learn_from_grades(dit, graded, film_loss, options), film_loss)
     text.encoder.to("cpu", torch.bfloat16)
