@@ -6,7 +6,7 @@ causal in time, so a video is decoded in pieces of any length: a call returns wh
 no files, no noise and no text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 
@@ -201,7 +201,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to patched pixels."""
+    """Latents to patched pixels. Its back is what works at the full size, its front all before that."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -225,10 +225,18 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """`(b, t, h, w, z_dim) -> (b, t', h', w', out_channels)`."""
+        return self.back(self.front(x, stream), stream)
+
+    def front(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t, h, w, z_dim) -> (b, t', h', w', c)`: of full size already, in frames and pixels."""
         x = self.mid_block(self.conv_in(x, stream), stream)
-        for block in self.up_blocks:
+        for block in self.up_blocks[:-1]:
             x = block(x, stream)
-        return self.conv_out(x, stream, self.norm_out)
+        return x
+
+    def back(self, x: Tensor, stream: Stream) -> Tensor:
+        """`(b, t', h', w', c) -> (b, t', h', w', out_channels)`."""
+        return self.conv_out(self.up_blocks[-1](x, stream), stream, self.norm_out)
 
 
 class VAE(nn.Module):
@@ -248,6 +256,12 @@ class VAE(nn.Module):
         self.decoder.to(dtype)
         return self
 
+    def front_alone(self) -> "VAE":
+        """This VAE with no more than `decode_front` needs."""
+        self.encoder = self.quant_conv = self.decoder.norm_out = self.decoder.conv_out = None
+        self.decoder.up_blocks[-1] = nn.Identity()
+        return self
+
     @torch.no_grad()
     def decode(self, latents: Latents, state: VAEState | None = None) -> tuple[Video, VAEState]:
         """Pixels of the next latents of a stream, float32 in [-1, 1], and what the call after needs.
@@ -262,13 +276,41 @@ class VAE(nn.Module):
         Raises:
             ValueError: the latents do not have `z_dim` channels, or there are none.
         """
-        self._check_channels(latents, "latents", self.config.z_dim)
-        z = self.denormalised(latents).to(self.decoder.conv_in.weight.dtype)
         stream, frames = Stream(state), []
-        for piece in self._pieces(rearrange(z, "b c f h w -> b f h w c"), is_start=stream.is_start):
-            frames.append(self._decode(piece, stream).float().clamp_(-1, 1))
+        for piece in self._pieces(latents, is_start=stream.is_start):
+            frames.append(self._pixels(self._front(piece, stream), stream))
             state = stream.advance()
         return torch.cat(frames, 2), state
+
+    @torch.no_grad()
+    def decode_front(self, latents: Latents, state: VAEState | None = None) -> Iterator[tuple[Tensor, VAEState]]:
+        """`decode` up to where `decode_back` goes on, elsewhere perhaps: features of one piece of the latents after the
+        other, `(b, t, H, W, c)` as `features_of` says, and what comes after that piece needs.
+
+        Raises as `decode` does.
+        """
+        stream = Stream(state)
+        for piece in self._pieces(latents, is_start=stream.is_start):
+            features = self._front(piece, stream)
+            yield features, stream.advance()
+
+    @torch.no_grad()
+    def decode_back(self, features: Iterable[Tensor], state: VAEState | None = None) -> tuple[Video, VAEState]:
+        """What `decode` gives, of what `decode_front` gave of the same latents; the states of both are their own."""
+        stream, frames = Stream(state), []
+        for piece in features:
+            frames.append(self._pixels(piece, stream))
+            state = stream.advance()
+        return torch.cat(frames, 2), state
+
+    def features_of(self, size: tuple[int, ...], *, is_start: bool) -> tuple[list[tuple[int, ...]], torch.dtype]:
+        """Shapes and dtype of what `decode_front` gives of latents of that size, (b, z_dim, f, h, w)."""
+        like = self.decoder.conv_in.weight.new_empty(size)
+        pieces = [piece.shape[1] for piece in self._pieces(like, is_start=is_start)]
+        frames = [1 if is_start and i == 0 else TEMPORAL_FACTOR * piece for i, piece in enumerate(pieces)]
+        scale, channels = 2 ** (len(self.config.dim_mult) - 1), self.decoder.up_blocks[-1].resnets[0].conv1.in_channels
+        shapes = [(size[0], num, scale * size[3], scale * size[4], channels) for num in frames]
+        return shapes, self.decoder.conv_in.weight.dtype
 
     @torch.no_grad()
     def encode(self, video: Video, state: VAEState | None = None) -> tuple[Latents, VAEState]:
@@ -317,7 +359,8 @@ class VAE(nn.Module):
         self._check_channels(z, "latents", self.config.z_dim)
         x = rearrange(z, "b c f h w -> b f h w c").to(self.decoder.conv_in.weight.dtype)
         state = state and VAEState(state.past, {})  # no gradient goes through kernels that were prepared before
-        return self._decode(x, Stream(state, keep=False)).float()
+        stream = Stream(state, keep=False)
+        return self._back(self._front(x, stream), stream).float()
 
     def _encode(self, video: Video, stream: Stream) -> tuple[Tensor, Tensor]:
         p = self.config.patch_size or 1
@@ -326,13 +369,22 @@ class VAE(nn.Module):
         mean, log_variance = rearrange(self.quant_conv(x, stream).float(), "b f h w (n c) -> n b c f h w", n=2)
         return mean, log_variance.clamp(-30, 20)
 
-    def _decode(self, x: Tensor, stream: Stream) -> Tensor:
-        p = self.config.patch_size or 1
-        x = self.decoder(self.post_quant_conv(x, stream), stream)
-        return rearrange(x, "b t h w (c q p) -> b c t (h p) (w q)", p=p, q=p)
+    def _front(self, z: Tensor, stream: Stream) -> Tensor:
+        return self.decoder.front(self.post_quant_conv(z, stream), stream)
 
-    def _pieces(self, z: Tensor, *, is_start: bool) -> Iterator[Tensor]:
-        """Latents `(b, f, h, w, z_dim)` to decode at a time, a video's first alone: it has another number of frames."""
+    def _back(self, features: Tensor, stream: Stream) -> Tensor:
+        p = self.config.patch_size or 1
+        return rearrange(self.decoder.back(features, stream), "b t h w (c q p) -> b c t (h p) (w q)", p=p, q=p)
+
+    def _pixels(self, features: Tensor, stream: Stream) -> Video:
+        return self._back(features, stream).float().clamp_(-1, 1)
+
+    def _pieces(self, latents: Latents, *, is_start: bool) -> Iterator[Tensor]:
+        """What is decoded at a time, `(b, f, h, w, z_dim)` as the decoder sees it; a video's first latent alone, since
+        it has another number of frames."""
+        self._check_channels(latents, "latents", self.config.z_dim)
+        z = self.denormalised(latents).to(self.decoder.conv_in.weight.dtype)
+        z = rearrange(z, "b c f h w -> b f h w c")
         first, rest = z.split([1, z.shape[1] - 1], 1) if is_start else (z[:, :0], z)
         pixels = len(z) * z.shape[2:4].numel() * self.config.spatial_factor**2 * TEMPORAL_FACTOR
         exact = z.dtype == torch.float32 and z.device.type == "cpu"

@@ -121,6 +121,26 @@ def test_decoding_in_bfloat16_is_that_in_float32_but_for_rounding():
     assert torch.equal(vae.encode(video)[0], encoded)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_front_and_a_back_are_the_whole_to_the_bit(name, dtype):
+    """Also a front that holds nothing else, and what comes between has the shapes that are told beforehand."""
+    vae, front, start, back = make(name).decoding_in(dtype), make(name).decoding_in(dtype).front_alone(), None, None
+    assert set(front.state_dict()) < set(vae.state_dict())
+    whole = None
+    for latent in latents(vae, 11).split([1, 3, 7], 2):
+        expected, whole = vae.decode(latent, whole)
+        shapes, told = vae.features_of(tuple(latent.shape), is_start=start is None)
+        features = []
+        for piece, state in front.decode_front(latent, start):
+            features.append(piece)
+        start = state
+        assert [tuple(piece.shape) for piece in features] == shapes and {piece.dtype for piece in features} == {told}
+        video, back = vae.decode_back(features, back)
+        assert torch.equal(video, expected)
+    assert len(whole.past) == len(start.past) + len(back.past)
+
+
 def test_a_state_is_a_value():
     """The same state gives the same continuation twice, so a call has not changed it."""
     vae = make("plain")
