@@ -3,6 +3,7 @@
 Times are in seconds, or in any one unit; sizes in bytes.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,10 @@ from parallel.split import split_layers
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What sizes depend on: tokens of a latent, rows of them and channels, and the width and depth of the model."""
+    """What sizes depend on: tokens of a latent, rows of them and channels, and the width and depth of the model.
+
+    `front_bytes` are what the front of the VAE's decoder makes of a latent.
+    """
 
     num_layers: int
     dim: int
@@ -25,6 +29,7 @@ class ModelShape:
     tokens_per_latent: int
     latent_bytes: int
     bytes_per_element: int
+    front_bytes: int = 0
 
     @property
     def hidden_bytes(self) -> int:
@@ -47,9 +52,10 @@ class Costs:
 
     `first` and `last` are per latent: embedding; unembedding, in a roofline with the solver. `turn` is what a pass
     takes of the head besides: guidance, solver, noise, and the latents taken up for the next. `decode` is per latent
-    that leaves. A message takes `latency` and its bytes over `bandwidth` (bytes per unit of time), beside which work
-    goes on, and `message` of the process at either end, which does nothing else then. Bands share what grows with the
-    latents, but for `last`, and a layer has two exchanges besides.
+    that leaves, and `front` what the decoder's front takes of it. A message takes `latency` and its bytes over
+    `bandwidth` (bytes per unit of time), beside which work goes on, and `message` of the process at either end, which
+    does nothing else then. Bands share what grows with the latents, but for `last`, and a layer has two exchanges
+    besides.
     """
 
     fixed: float = 0.0
@@ -59,6 +65,7 @@ class Costs:
     last: float = 0.0
     turn: float = 0.0
     decode: float = 0.0
+    front: float = 0.0
     message: float = 0.0
     latency: float = 0.0
     bandwidth: float = float("inf")
@@ -86,7 +93,7 @@ class Costs:
     def at_speed(self, passes: float, decode: float) -> "Costs":
         """The same of a machine that takes so many times as long for passes, and for decoding."""
         slower = {name: passes * getattr(self, name) for name in ("fixed", "per_latent", "per_pair", "first", "last")}
-        return replace(self, **slower, decode=decode * self.decode)
+        return replace(self, **slower, decode=decode * self.decode, front=decode * self.front)
 
 
 def mean_costs(costs: Sequence[Costs]) -> Costs:
@@ -108,21 +115,45 @@ def feeding_order(plan: Plan) -> list[int]:
     return after
 
 
+def decoding_order(plan: Plan, grid: Grid, start: int = 0) -> dict[int, list[int]]:
+    """Where the decoder is cut: the blocks whose front is computed just before a pass, and whose back just after it.
+
+    It is the first pass through the front's process whose latents are taken after the block has left, so what it needs
+    is there, and the head has what came of it by the end of that pass. Blocks that leave too late for any come at the
+    end, which is counted as a pass, and those that had left before the pass `start` are not among them.
+    """
+    order, lane = feeding_order(plan), grid.place(grid.front).lane
+    due: dict[int, list[int]] = {}
+    waiting: deque[tuple[int, int]] = deque()
+    for i, p in enumerate(plan.passes[start:], start):
+        while lane in (None, p.lane) and waiting and waiting[0][0] <= order[i]:
+            due.setdefault(i, []).append(waiting.popleft()[1])
+        waiting.extend((i, block) for block in p.emits)
+    due[len(plan.passes)] = [block for _, block in waiting]
+    return due
+
+
 def best_split(plan: Plan, grid: Grid, costs: Costs, shape: ModelShape) -> list[range]:
-    """Layers of each stage such that the busiest stage has least to do; the head's decoding counts."""
+    """Layers of each stage such that the busiest stage has least to do; decoding counts.
+
+    Where the front of the decoder is that of the head's twin, which has the same layers, the head has more to do.
+    """
     k = grid.num_bands
+    back = costs.decode - costs.front if grid.front else costs.decode
+    front = costs.front if grid.front and grid.num_lanes == 1 else 0.0
     layer = sum(costs.layer(p, k) + costs.exchange(p, k, shape) for p in plan.passes) / grid.num_lanes
     through = sum(p.num_latents for p in plan.passes) / grid.num_lanes
     decoded = plan.num_latents - sum(plan.block_sizes[: plan.num_ready])
-    return split_layers([layer] * shape.num_layers, grid.num_stages, first=costs.first * through / k,
-                        last=costs.last * through + costs.turn * len(plan.passes) + costs.decode * decoded)  # fmt: skip
+    return split_layers([layer] * shape.num_layers, grid.num_stages, first=costs.first * through / k + front * decoded,
+                        last=costs.last * through + costs.turn * len(plan.passes) + back * decoded)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
     """What each process does when: `starts[rank, pass]` and `ends`, NaN where a pass does not go through it.
 
-    `decodes` are (start, end, block) on the head. `sent` is bytes by rank.
+    `decodes` are (start, end, block) on the head; of a decoder that is cut, of its back there, and `fronts` on the
+    process of its front. `sent` is bytes by rank.
     """
 
     plan: Plan
@@ -130,6 +161,7 @@ class Timeline:
     starts: np.ndarray
     ends: np.ndarray
     decodes: tuple[tuple[float, float, int], ...]
+    fronts: tuple[tuple[float, float, int], ...]
     sent: tuple[int, ...]
 
     @property
@@ -149,14 +181,19 @@ class Timeline:
 
     @property
     def decode_time(self) -> float:
-        """Time of all decoding."""
-        return sum(end - start for start, end, _ in self.decodes)
+        """Time of all decoding, on all processes."""
+        return sum(end - start for start, end, _ in self.decodes + self.fronts)
+
+    def decoding(self, rank: int) -> tuple[tuple[float, float, int], ...]:
+        """When a process decodes what."""
+        return (self.decodes if rank == 0 else ()) + (self.fronts if rank == self.grid.front else ())
 
     @property
     def idle(self) -> tuple[float, ...]:
         """Share of the makespan in which each process neither computes a pass nor decodes, as in `pipelines.trace`."""
         busy = np.nansum(self.ends - self.starts, axis=1)
-        busy[0] += self.decode_time
+        for rank in {0, self.grid.front}:
+            busy[rank] += sum(end - start for start, end, _ in self.decoding(rank))
         return tuple(float(1 - x / self.makespan) for x in busy)
 
     @property
@@ -169,8 +206,9 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
     """When each pass goes through each process, by the rules of `parallel.execute.carry_out`.
 
     A process takes its passes in order, each when its input is there; messages overlap work. The head feeds a pass once
-    `feeding_order` allows, takes the answers of all passes in order, and decodes what leaves before it goes on. The
-    bands of a stage go in step, since they exchange in every layer; their messages are parts of a whole one.
+    `feeding_order` allows, takes the answers of all passes in order, and decodes what leaves before it goes on, or the
+    back of it as `decoding_order` says. The bands of a stage go in step, since they exchange in every layer; their
+    messages are parts of a whole one.
     """
     num_stages, num_lanes, order, k = grid.num_stages, grid.num_lanes, feeding_order(plan), grid.num_bands
     depth = np.array([len(part) for part in layers], float)
@@ -179,10 +217,32 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
     ranks = [[[grid.rank(lane, stage, band) for band in range(k)] for stage in range(num_stages)]
              for lane in range(num_lanes)]  # fmt: skip
     free = np.zeros((num_lanes, num_stages))
-    sent, decodes = np.zeros(grid.world_size), []
+    sent, decodes, fronts = np.zeros(grid.world_size), [], []
+    due = decoding_order(plan, grid) if grid.front else {}
+    place = grid.place(grid.front)
+    left: dict[int, float] = {}
+
+    def compute_front(block: int) -> None:
+        size, own = plan.block_sizes[block], (place.lane or 0, place.stage)
+        start = max(free[own], left[block] + costs.hop(size * shape.latent_bytes))
+        free[own] = start + costs.front * size + 2 * costs.message
+        fronts.append((start, free[own], block))
+        sent[0] += size * shape.latent_bytes
+        sent[grid.front] += size * shape.front_bytes
+
+    def decode(block: int, start: float, time: float) -> float:
+        decodes.append((start, start + time * plan.block_sizes[block], block))
+        return decodes[-1][1]
+
+    def compute_back(block: int, end: float, head: float) -> float:
+        there = end + costs.hop(plan.block_sizes[block] * shape.front_bytes)
+        return decode(block, max(head, there) + costs.message, costs.decode - costs.front)
+
     complete, fed = np.zeros(len(plan.passes)), 0.0
     for i, p in enumerate(plan.passes):
         lane = p.lane if num_lanes > 1 else 0
+        for block in due.get(i, ()):
+            compute_front(block)
         n = p.num_latents
         latents, hidden = n * shape.latent_bytes / k, n * shape.hidden_bytes / k
         fed = max(fed, complete[order[i]] if order[i] >= 0 else 0.0)
@@ -209,11 +269,15 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
         head = max(free[0, -1], answer) + costs.message * told + costs.turn
         complete[i] = head
         for block in p.emits:
-            end = head + costs.decode * plan.block_sizes[block]
-            decodes.append((head, end, block))
-            head = end
+            head = left[block] = head + costs.message if grid.front else decode(block, head, costs.decode)
+        for _, end, block in fronts[len(fronts) - len(due.get(i, ())) :]:
+            head = compute_back(block, end, head)
         free[0, -1] = head
-    return Timeline(plan=plan, grid=grid, starts=starts, ends=ends, decodes=tuple(decodes), sent=tuple(map(int, sent)))
+    for block in due.get(len(plan.passes), ()):
+        compute_front(block)
+        head = compute_back(block, fronts[-1][1], head)
+    return Timeline(plan=plan, grid=grid, starts=starts, ends=ends, decodes=tuple(decodes), fronts=tuple(fronts),
+                    sent=tuple(map(int, sent)))  # fmt: skip
 
 
 def peak_features(plan: Plan) -> int:

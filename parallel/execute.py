@@ -9,7 +9,7 @@ computes, to the bit: only where a layer runs differs. Where a stage is cut in b
 out is the same but for rounding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
@@ -25,7 +25,7 @@ from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import NoiseOf, Point, Queue, timesteps_of
 from longvid.types import Latents
-from parallel.cost import feeding_order
+from parallel.cost import decoding_order, feeding_order
 from parallel.exchange import Ulysses
 from parallel.grid import Grid, cut_rows, row_ranges
 from parallel.link import Local, Message, Receiver, Sender
@@ -39,7 +39,7 @@ class Stage:
 
     `rows` are the rows of patches of each band. `source` brings what its layers are applied to, `target` takes what
     they give. The head has besides `feeds`, which take latents, and `answers`, which bring velocities, by lane of the
-    grid and by band; its target is itself.
+    grid and by band; its target is itself. `decoding` are the links between the two parts of a decoder that is cut.
     """
 
     grid: Grid
@@ -52,6 +52,7 @@ class Stage:
     target: Sender | Local
     feeds: tuple[tuple[Sender | Local, ...], ...] = ()
     answers: tuple[tuple[Receiver | Local, ...], ...] = ()
+    decoding: tuple[Receiver, Sender] | None = None
 
     @property
     def is_head(self) -> bool:
@@ -61,7 +62,8 @@ class Stage:
     @property
     def outgoing(self) -> list[Sender | Local]:
         """The links that it sends over, each once."""
-        links = (self.target, *(link for of_lane in self.feeds for link in of_lane))
+        decoding = self.decoding[1:] if self.decoding else ()
+        links = (self.target, *(link for of_lane in self.feeds for link in of_lane), *decoding)
         return list({id(link): link for link in links}.values())
 
     @property
@@ -71,8 +73,10 @@ class Stage:
 
     @property
     def bytes_to(self) -> dict[int, int]:
-        """Bytes of latents and hidden states by the process they went to; exchanges within a stage come on top."""
-        return {link.to: link.num_bytes for link in self.outgoing if isinstance(link, Sender)}
+        """Bytes of latents, hidden states and what decoding needs, by the process they went to; exchanges within a
+        stage come on top."""
+        senders = [link for link in self.outgoing if isinstance(link, Sender)]
+        return {to: sum(link.num_bytes for link in senders if link.to == to) for to in {link.to for link in senders}}
 
     @property
     def num_held(self) -> int:
@@ -82,7 +86,8 @@ class Stage:
     @property
     def waited_s(self) -> float:
         """Seconds spent waiting for other processes, exchanges within a stage included."""
-        links = (self.source, *(link for of_lane in self.answers for link in of_lane))
+        decoding = self.decoding[:1] if self.decoding else ()
+        links = (self.source, *(link for of_lane in self.answers for link in of_lane), *decoding)
         return sum(link.waited_s for link in {id(link): link for link in links}.values()) + self.exchange.waited_s
 
     def lane_of(self, p: Pass) -> int:
@@ -104,10 +109,10 @@ def make_stage(grid: Grid, layers: Sequence[range], num_rows: int, device: torch
     rank, rows = dist.get_rank(), cut_rows(num_rows, grid.num_bands)
     if dist.get_world_size() != grid.world_size:
         raise ValueError(f"a grid of {grid.world_size} on {dist.get_world_size()} processes: they must be equal")
-    senders, receivers = _links(grid, rank, device)
+    senders, receivers = _links(grid.edges(), rank, device)
     place = grid.place(rank)
     common = {"grid": grid, "layers": layers[place.stage], "rows": rows, "band": place.band, "lane": place.lane,
-              "exchange": _exchange(grid, rank, rows, device)}  # fmt: skip
+              "exchange": _exchange(grid, rank, rows, device), "decoding": _decoding(grid, rank, device)}  # fmt: skip
     last = grid.num_stages - 1
     if rank:
         lane = place.lane or 0
@@ -125,11 +130,20 @@ def make_stage(grid: Grid, layers: Sequence[range], num_rows: int, device: torch
     )  # fmt: skip
 
 
-def _links(grid: Grid, rank: int, device: torch.device) -> tuple[dict[int, Sender], dict[int, Receiver]]:
-    """This process's ends of its links by the rank at the other, each tried once."""
+def _decoding(grid: Grid, rank: int, device: torch.device) -> tuple[Receiver, Sender] | None:
+    """The links of a part of the decoder with the other."""
+    edges = [(0, grid.front), (grid.front, 0)] if grid.front else []
+    senders, receivers = _links(edges, rank, device)
+    return (*receivers.values(), *senders.values()) if senders else None
+
+
+def _links(
+    edges: Iterable[tuple[int, int]], rank: int, device: torch.device
+) -> tuple[dict[int, Sender], dict[int, Receiver]]:
+    """This process's ends of its links by the rank at the other, each tried once; `edges` are (from, to)."""
     senders: dict[int, Sender] = {}
     receivers: dict[int, Receiver] = {}
-    for sender, receiver in grid.edges():
+    for sender, receiver in edges:
         group = dist.new_group(sorted((sender, receiver)))
         if rank == sender:
             senders[receiver] = Sender(group, receiver)
@@ -212,13 +226,17 @@ def carry_out(
     during: Callable[[Pass], AbstractContextManager] = lambda p: nullcontext(),
     start: Point | None = None,
     reached: Callable[[Point], None] = lambda point: None,
-) -> Iterator[tuple[int, Latents]]:
+    decode_front: Callable[[int], None] = lambda i: None,
+) -> Iterator[tuple[int, Latents | None]]:
     """Yield (block, clean latents) oldest first on the head; nothing, after as many passes, on the others.
 
     `part` holds this stage's layers, `size` is channels, height and width of latents; `ready` is needed on the head
     only. `start` and `reached` are as in `longvid.sampler.sample`: every process reaches the same points, each with its
     own cache, and the queue is on the head. `observe` is called after each pass that goes through this part, and on the
     head after all; `during` is entered for what this part computes of a pass. Raises as `sample` does.
+
+    Where the grid cuts the decoder, `decode_front` is called with the index of each pass before it is computed, and
+    last with their number, and (block, None) on the head says that the block's front has been decoded.
     """
     device = next(part.parameters()).device
     if start is None:
@@ -227,9 +245,11 @@ def carry_out(
     _expect(plan, part, stage, size, start.done)
     cache, queue, order = start.cache, start.queue, feeding_order(plan)
     head = _Head(plan, queue, stage, start.done) if queue else None
+    due = decoding_order(plan, stage.grid, start.done) if stage.grid.front else {}
     for i, p in enumerate(plan.passes[start.done :], start.done):
         if stage.runs(p):
             x = stage.source.receive()
+            decode_front(i)
             with during(p):
                 context = cache.context(p)
                 y, features = part(x, timesteps_of(p, device), text(p), context, fps=fps, keep=bool(p.writes),
@@ -241,8 +261,12 @@ def carry_out(
             observe(p)
         if head:
             yield from head.finish(i)
+            yield from ((block, None) for block in due.get(i, ()))
         if p.emits:
             reached(Point(done=i + 1, cache=cache, queue=queue))
+    decode_front(len(plan.passes))
+    if head:
+        yield from ((block, None) for block in due.get(len(plan.passes), ()))
     for link in stage.outgoing:
         link.flush()
 

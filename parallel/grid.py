@@ -5,7 +5,7 @@ Ulysses: outside attention a process has its rows, within it its heads), lanes a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 
@@ -23,17 +23,27 @@ class Grid:
     """Stages of layers by bands of rows by lanes of guidance; with one lane a process runs the passes of all of them.
 
     Rank 0, on the first machine, is the head: the last stage of lane 0, first band, which holds latents, noise and
-    solver state, decodes, and writes files. The bands of a stage are neighbours, since they exchange most.
+    solver state, decodes, and writes files. The bands of a stage are neighbours, since they exchange most. The VAE's
+    decoder may be cut, too: then another process computes its front.
     """
 
     num_stages: int
     num_bands: int = 1
     num_lanes: int = 1
+    cuts_decoder: bool = False
 
     @property
     def world_size(self) -> int:
         """Processes in all."""
         return self.num_stages * self.num_bands * self.num_lanes
+
+    @property
+    def front(self) -> int:
+        """The process that computes the decoder's front: the head, unless it is cut, and then the head's twin for the
+        other lane, or the first stage."""
+        if not self.cuts_decoder:
+            return 0
+        return self.rank(1, self.num_stages - 1) if self.num_lanes > 1 else self.rank(0, 0)
 
     def place(self, rank: int) -> Place:
         """Where a process is."""
@@ -88,6 +98,7 @@ class Degrees:
     stages: int | None = None
     sequence: int | None = None
     lanes: int | None = None
+    cuts_decoder: bool | None = None
 
 
 def cut_rows(num_rows: int, num_bands: int) -> tuple[int, ...]:
@@ -105,7 +116,7 @@ def row_ranges(num_rows: int, num_bands: int) -> list[range]:
 def possible_grids(num_processes: int, limits: Limits, asked: Degrees, *, may_cut_rows: bool = False) -> list[Grid]:
     """The grids that so many processes can form, with what was asked; rows are cut only if asked for, or allowed.
 
-    Raises ValueError if there is none.
+    Those that cut the decoder come after those that are the same without. Raises ValueError if there is none.
     """
     _check_asked(limits, asked)
     lanes = [asked.lanes] if asked.lanes else list(range(1, limits.num_lanes + 1))
@@ -117,7 +128,11 @@ def possible_grids(num_processes: int, limits: Limits, asked: Degrees, *, may_cu
     ]  # fmt: skip
     if not found:
         raise ValueError(_why_none(num_processes, limits, asked, lanes, bands))
-    return found
+    able = [cut for cut in (replace(grid, cuts_decoder=True) for grid in found) if cut.front]
+    if asked.cuts_decoder and not able:
+        raise ValueError("parallel_vae cuts the decoder between the head and another stage or lane, and there is none; "
+                         "use --nproc 2 or more, or leave it out")  # fmt: skip
+    return {True: able, False: found, None: found + able}[asked.cuts_decoder]
 
 
 def _check_asked(limits: Limits, asked: Degrees) -> None:

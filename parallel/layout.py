@@ -30,12 +30,14 @@ class Layout:
         grid, idle = self.grid, 100 * self.planned.mean_idle
         bands = f" of {grid.num_bands} processes that share its heads" if grid.num_bands > 1 else ""
         lanes = f" for each of {grid.num_lanes} lanes of guidance" if grid.num_lanes > 1 else ""
-        return f"{grid.num_stages} stages{bands}{lanes}, layers {stages}; idle {idle:.0f} %"
+        front = f", the decoder's front on process {grid.front}" if grid.front else ""
+        return f"{grid.num_stages} stages{bands}{lanes}, layers {stages}{front}; idle {idle:.0f} %"
 
 
 def fastest(plan: Plan, grids: list[Grid], costs: Costs, shape: ModelShape) -> Layout:
-    """The layout of least makespan; of equal ones the first."""
-    layouts = []
+    """The layout of least makespan; of equal ones the first. Decoders whose front costs nothing are left whole."""
+    layouts, whole = [], [grid for grid in grids if not grid.cuts_decoder]
+    grids = whole if whole and not costs.front else grids
     for grid in grids:
         layers = tuple(best_split(plan, grid, costs, shape))
         planned = simulate(plan, grid, layers, costs, shape)

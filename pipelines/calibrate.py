@@ -42,6 +42,8 @@ def shape_of(run: Run) -> ModelShape:
         ffn_dim=config["ffn_dim"], num_rows=height // patch[1],
         tokens_per_latent=(height // patch[1]) * (width // patch[2]),
         latent_bytes=4 * config["in_channels"] * height * width, bytes_per_element=2 if run.dtype == "bfloat16" else 4,
+        front_bytes=vae.temporal_factor * vae.front_channels * run.height * run.width // (vae.patch_size or 1) ** 2
+        * (2 if run.vae_dtype == "bfloat16" else 4),
     )  # fmt: skip
 
 
@@ -65,9 +67,10 @@ def measured_costs(
         layer.append(max((long - short) / (len(more) - 1), 1e-9) if len(more) > 1 else short)
         first.append(max(0.0, short - layer[-1]) / p.num_latents)
         last.append(max(0.0, end - layer[-1]) / p.num_latents)
+    decode, front = _decode_times(run, plan, repeats)
     fixed, per_latent, per_pair = _fit([(p.num_latents, p.num_context) for p in shown], layer)
     return Costs(fixed=fixed, per_latent=per_latent, per_pair=per_pair, first=statistics.median(first),
-                 last=statistics.median(last), turn=_turn_time(run, plan), decode=_decode_time(run, plan, repeats),
+                 last=statistics.median(last), turn=_turn_time(run, plan), decode=decode, front=front,
                  latency=latency, bandwidth=bandwidth, message=message)  # fmt: skip
 
 
@@ -162,14 +165,17 @@ def _latent_size(run: Run) -> tuple[int, int, int]:
     return folder.transformer["in_channels"], run.height // factor, run.width // factor
 
 
-def _decode_time(run: Run, plan: Plan, repeats: int) -> float:
-    """Seconds for a latent of the VAE's stream, in a whole block."""
+def _decode_times(run: Run, plan: Plan, repeats: int) -> tuple[float, float]:
+    """Seconds for a latent of the VAE's stream, in a whole block; and those that its front takes of them."""
     vae = vae_of(run)
     factor = vae.config.spatial_factor
     size = plan.method.block_size
     z = torch.randn(1, vae.config.z_dim, size, run.height // factor, run.width // factor, device=run.device)
     _, state = vae.decode(z)
-    return _time(run, lambda: vae.decode(z, state), repeats) / size
+    *_, (_, front_state) = vae.decode_front(z)
+    whole = _time(run, lambda: vae.decode(z, state), repeats) / size
+    front = _time(run, lambda: list(vae.decode_front(z, front_state)), repeats) / size
+    return whole, min(front, whole)
 
 
 def _time(run: Run, call: Callable[[], object], repeats: int) -> float:

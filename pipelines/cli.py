@@ -14,7 +14,7 @@ from pipelines.flags import EXIT_WRONG_REQUEST, parser
 from pipelines.make import degrees_of, is_worker, make, use_threads
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
-DEGREES = ("stages", "sequence_parallel", "cfg_parallel")
+DEGREES = ("stages", "sequence_parallel", "cfg_parallel", "parallel_vae")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,8 +125,9 @@ def _resume(options: argparse.Namespace) -> int:
     for name in ("stages", "sequence_parallel"):
         if getattr(stored, name) is not None:
             switches += ["--" + name.replace("_", "-"), str(getattr(stored, name))]
-    if stored.cfg_parallel is not None:
-        switches.append("--cfg-parallel" if stored.cfg_parallel else "--no-cfg-parallel")
+    for name in ("cfg-parallel", "parallel-vae"):
+        if (wanted := getattr(stored, name.replace("-", "_"))) is not None:
+            switches.append(f"--{name}" if wanted else f"--no-{name}")
     stored.words = ["generate", "--resume", str(folder), "--nproc", str(stored.nproc or 1), *switches]
     return COMMANDS[stored.command](stored)
 

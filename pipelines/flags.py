@@ -121,6 +121,9 @@ def _add_degree_flags(group) -> None:
     group.add_argument("--cfg-parallel", action=argparse.BooleanOptionalAction, default=None,
                        help="half of the processes for each lane of guidance (default: what the cost model finds "
                        "faster)")  # fmt: skip
+    group.add_argument("--parallel-vae", action=argparse.BooleanOptionalAction, default=None,
+                       help="decode on two processes, one half behind the other (default: what the cost model finds "
+                       "faster)")  # fmt: skip
 
 
 def _add_grid_flags(plan: argparse.ArgumentParser) -> None:

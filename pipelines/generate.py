@@ -20,6 +20,7 @@ from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import noise_of, sample
 from longvid.types import Latents, Text, Video
+from parallel.decode import BEFORE, Back, Front, Whole
 from parallel.execute import Stage, carry_out, from_all
 from parallel.snapshot import part_of
 from pipelines.configure import Run, configure
@@ -59,11 +60,12 @@ class Models:
     """The networks of a run. Text is encoded already and its encoder gone: `text` gives that of a (video, lane).
 
     `latent_size` is channels, height and width, `bytes_read` of the weights' files. With a stage the DiT is its part;
-    the VAE, and with it all frames, are on the head alone.
+    the VAE, and with it all frames, are on the head alone, `vae_front` where the grid has the decoder's front.
     """
 
     dit: DiT
     vae: VAE | None
+    vae_front: VAE | None
     text: Callable[[int, int], TextFeatures]
     latent_size: tuple[int, int, int]
     bytes_read: int
@@ -79,17 +81,21 @@ def load_models(run: Run, stage: Stage | None = None, texts: tuple[Text, ...] = 
     states = texts or encode_prompts(run)
     dit = load_dit(folder, getattr(torch, run.dtype), run.device, stage.layers if stage else None).eval()
     vae = vae_of(run) if stage is None or stage.is_head else None
+    vae_front = vae_of(run, front_alone=True) if stage and stage.decoding and not stage.is_head else None
     features = lru_cache(TEXTS_KEPT)(torch.no_grad()(lambda which: dit.text_features(states[which].to(run.device))))
     text = lambda video, lane: features(-1 if lane else video)  # noqa: E731
     factor = VAEConfig.from_dict(folder.vae).spatial_factor
     size = (dit.config.in_channels, run.height // factor, run.width // factor)
-    read = stored_bytes(folder, "transformer", dit) + (stored_bytes(folder, "vae", vae) if vae else 0)
-    return Models(dit=pack(dit), vae=vae, text=text, latent_size=size, bytes_read=read, stage=stage)
+    read = stored_bytes(folder, "transformer", dit)
+    read += sum(stored_bytes(folder, "vae", part) for part in (vae, vae_front) if part)
+    return Models(dit=pack(dit), vae=vae, vae_front=vae_front, text=text, latent_size=size, bytes_read=read,
+                  stage=stage)  # fmt: skip
 
 
-def vae_of(run: Run) -> VAE:
+def vae_of(run: Run, *, front_alone: bool = False) -> VAE:
     """The folder's VAE: what it encodes in float32, since latents depend on it, what it decodes in the run's dtype."""
-    return load_vae(open_folder(run.model), torch.float32, run.device).decoding_in(getattr(torch, run.vae_dtype)).eval()
+    vae = load_vae(open_folder(run.model), torch.float32, run.device, front_alone=front_alone)
+    return vae.decoding_in(getattr(torch, run.vae_dtype)).eval()
 
 
 def encode_prompts(run: Run, several: tuple[str, ...] = ()) -> list[Text]:
@@ -146,33 +152,57 @@ def roll(
 
     They leave first, too, if they are a part of the video that is made (`shows_ready`).
     """
-    start, states = time.perf_counter(), {}
-
-    def decoded(block: int, latents: Latents) -> tuple[int, np.ndarray]:
-        video = plan.address(block)[0]
-        frames, states[video] = decode(models.vae, latents, states.get(video))
-        return video, frames
-
-    for block, latents in enumerate(ready):
-        shown = decoded(block, latents)
-        if shows_ready:
-            observer.left(block, latents)
-            yield shown
-    if keeping and models.vae:
-        for block, latents in keeping.folder.kept(plan, keeping.start):
-            observer.left(block, latents)
-            yield decoded(block, latents)
-    for block, latents in _blocks(run, plan, models, ready, observer, keeping):
-        with observer.span("keep", block=block):
-            observer.left(block, latents)
-            if keeping:
-                keeping.folder.keep(block, latents)
-        with observer.span("decode", block=block):
-            shown = decoded(block, latents)
-        yield shown
+    start, begin = time.perf_counter(), keeping.start if keeping else 0
+    if models.vae:
+        yield from _head_frames(run, plan, models, ready, observer, keeping, shows_ready=shows_ready)
+    elif models.vae_front:
+        during = lambda block: observer.span("decode", block=block)  # noqa: E731
+        front = Front(models.vae_front, models.stage, plan, begin, models.latent_size, during)
+        front.compute(BEFORE)
+        assert not list(_blocks(run, plan, models, [], observer, keeping, front.compute))
+    else:
+        assert not list(_blocks(run, plan, models, [], observer, keeping))
     spans = observer.trace.spans if observer.trace else []
     usage = _usage(run, models, time.perf_counter() - start)
     observer.ended(usage, [spans] if models.stage is None else from_all(spans))
+
+
+def _head_frames(
+    run: Run,
+    plan: Plan,
+    models: Models,
+    ready: list[Latents],
+    observer: Observer,
+    keeping: Keeping | None,
+    *,
+    shows_ready: bool,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """What `roll` yields on the process that has the VAE, or its back: another computes the front then."""
+    cut = models.stage is not None and models.stage.decoding is not None
+    begin = keeping.start if keeping else 0
+    decoder = Back(models.vae, models.stage, plan, begin, models.latent_size) if cut else Whole(models.vae, plan)
+    shown = lambda block: (plan.address(block)[0], to_frames(decoder.take(block))[0])  # noqa: E731
+    for block, latents in enumerate(ready):
+        decoder.put(block, latents)
+        frames = shown(block)
+        if shows_ready:
+            observer.left(block, latents)
+            yield frames
+    for block, latents in keeping.folder.kept(plan, begin) if keeping else ():
+        observer.left(block, latents)
+        decoder.put(block, latents)
+        yield shown(block)
+    for block, latents in _blocks(run, plan, models, ready, observer, keeping):
+        if latents is not None:
+            with observer.span("keep", block=block):
+                observer.left(block, latents)
+                if keeping:
+                    keeping.folder.keep(block, latents)
+            decoder.put(block, latents)
+        if latents is None or not cut:
+            with observer.span("decode", block=block):
+                frames = shown(block)
+            yield frames
 
 
 def _usage(run: Run, models: Models, seconds: float) -> list[Usage]:
@@ -188,8 +218,14 @@ def _usage(run: Run, models: Models, seconds: float) -> list[Usage]:
 
 
 def _blocks(
-    run: Run, plan: Plan, models: Models, ready: list[Latents], observer: Observer, keeping: Keeping | None
-) -> Iterator[tuple[int, Latents]]:
+    run: Run,
+    plan: Plan,
+    models: Models,
+    ready: list[Latents],
+    observer: Observer,
+    keeping: Keeping | None,
+    decode_front: Callable[[int], None] = lambda i: None,
+) -> Iterator[tuple[int, Latents | None]]:
     size, stage = models.latent_size, models.stage
     noise = noise_of(plan, run.seed, *size)
     text: Callable[[Pass], TextFeatures] = lambda p: models.text(plan.video(p), p.lane)  # noqa: E731
@@ -203,7 +239,7 @@ def _blocks(
         common["reached"] = keeping.reached(plan, part, observer.span)
     if models.stage is None:
         return sample(plan, models.dit, text, noise, **common)
-    return carry_out(plan, models.dit, models.stage, text, noise, size, **common)
+    return carry_out(plan, models.dit, models.stage, text, noise, size, decode_front=decode_front, **common)
 
 
 @torch.no_grad()

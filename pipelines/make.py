@@ -122,7 +122,8 @@ def degrees_of(options):
     from parallel.grid import Degrees
 
     lanes = None if options.cfg_parallel is None else 1 + options.cfg_parallel
-    return Degrees(stages=options.stages, sequence=options.sequence_parallel, lanes=lanes)
+    return Degrees(stages=options.stages, sequence=options.sequence_parallel, lanes=lanes,
+                   cuts_decoder=options.parallel_vae)  # fmt: skip
 
 
 def say_lost(why: str) -> None:

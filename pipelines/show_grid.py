@@ -25,6 +25,7 @@ def grid_json(timeline: Timeline, layers: list[range], memory: list[dict[str, in
         })  # fmt: skip
     return {
         "unit": unit, "stages": grid.num_stages, "sequence": grid.num_bands, "lanes": grid.num_lanes,
+        "decoder_front": grid.front,
         "makespan": timeline.makespan, "speed_up": one / timeline.makespan, "first_block": timeline.first_block,
         "idle_fraction": float(np.mean(timeline.idle)), "processes": processes,
     }  # fmt: skip
@@ -36,6 +37,8 @@ def grid_text(found: dict) -> Iterator[str]:
     degrees = " x ".join(f"{found[name]} {name}" for name in ("stages", "sequence", "lanes"))
     yield (f"{degrees}: makespan {found['makespan']:.4g} {unit}, {found['speed_up']:.2f} times one process; first "
            f"block after {found['first_block']:.4g} {unit}; idle {100 * found['idle_fraction']:.1f} %")  # fmt: skip
+    if found["decoder_front"]:
+        yield f"the decoder's front on process {found['decoder_front']}"
     yield "rank  stage  band  lane  layers     idle   sent MiB  weights MiB  features MiB  activations MiB"
     for p in found["processes"]:
         mib = [p[name] / 2**20 for name in ("bytes_sent", "weights_bytes", "features_bytes", "activations_bytes")]
@@ -61,9 +64,8 @@ def chart(timeline: Timeline, *, in_seconds: bool) -> np.ndarray:
             start, end = timeline.starts[rank, i] * scale, timeline.ends[rank, i] * scale
             if end == end:
                 band[:, round(start) : max(round(end), round(start) + 1)] = colour(p.covers[0].block, p.lane)
-        if rank == 0:
-            for start, end, _ in timeline.decodes:
-                band[:, round(start * scale) : max(round(end * scale), round(start * scale) + 1)] = (40, 40, 40)
+        for start, end, _ in timeline.decoding(rank):
+            band[:, round(start * scale) : max(round(end * scale), round(start * scale) + 1)] = (40, 40, 40)
     if in_seconds:
         for tenth in range(0, 11, 2):
             words = draw_text(label(timeline.makespan * tenth / 10), 1)

@@ -83,8 +83,8 @@ def _planned_events(planned: Timeline) -> Iterator[dict]:
             start, end = planned.starts[rank, i], planned.ends[rank, i]
             if end == end:
                 yield _event(PLANNED, rank, "pass", 1e6 * start, 1e6 * (end - start), about(p))
-    for start, end, block in planned.decodes:
-        yield _event(PLANNED, 0, "decode", 1e6 * start, 1e6 * (end - start), {"block": block})
+        for start, end, block in planned.decoding(rank):
+            yield _event(PLANNED, rank, "decode", 1e6 * start, 1e6 * (end - start), {"block": block})
 
 
 def about(p) -> dict:

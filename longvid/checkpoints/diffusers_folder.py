@@ -98,12 +98,20 @@ def load_dit(
     return dit
 
 
-def load_vae(folder: Folder, dtype: torch.dtype, device: torch.device | str = "cpu") -> VAE:
-    """The VAE, all of it in `dtype`. Raises ValueError as `load_dit` does."""
-    config = VAEConfig.from_dict(folder.vae)
+def load_vae(
+    folder: Folder, dtype: torch.dtype, device: torch.device | str = "cpu", *, front_alone: bool = False
+) -> VAE:
+    """The VAE, all of it in `dtype`, or its decoder's front alone; only that is read from disk.
+
+    Raises ValueError as `load_dit` does.
+    """
     with torch.device("meta"):
-        vae = VAE(config)
-    load_into(vae, open_tensors(folder.path / "vae", STEMS["vae"]), dtype=dtype, device=device)
+        vae = VAE(VAEConfig.from_dict(folder.vae))
+    whole = set(vae.state_dict())
+    if front_alone:
+        vae = vae.front_alone()
+    tensors = open_tensors(folder.path / "vae", STEMS["vae"])
+    load_into(vae, tensors, dtype=dtype, device=device, allow_surplus=lambda name: name in whole)
     return vae
 
 

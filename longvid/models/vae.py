@@ -94,6 +94,12 @@ class VAEConfig:
         """Frames per latent after the first."""
         return TEMPORAL_FACTOR
 
+    @property
+    def front_channels(self) -> int:
+        """Channels that the decoder's front hands on to its back."""
+        channels = (self.decoder_base_dim or self.base_dim) * self.dim_mult[1]
+        return channels if self.is_residual else channels // 2
+
     @classmethod
     def from_dict(cls, config: dict) -> "VAEConfig":
         """What a `vae/config.json` says; keys that start with "_" are diffusers' own.
@@ -308,8 +314,8 @@ class VAE(nn.Module):
         like = self.decoder.conv_in.weight.new_empty(size)
         pieces = [piece.shape[1] for piece in self._pieces(like, is_start=is_start)]
         frames = [1 if is_start and i == 0 else TEMPORAL_FACTOR * piece for i, piece in enumerate(pieces)]
-        scale, channels = 2 ** (len(self.config.dim_mult) - 1), self.decoder.up_blocks[-1].resnets[0].conv1.in_channels
-        shapes = [(size[0], num, scale * size[3], scale * size[4], channels) for num in frames]
+        scale = 2 ** (len(self.config.dim_mult) - 1)
+        shapes = [(size[0], num, scale * size[3], scale * size[4], self.config.front_channels) for num in frames]
         return shapes, self.decoder.conv_in.weight.dtype
 
     @torch.no_grad()

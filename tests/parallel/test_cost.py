@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from longvid.plan import make_plan
-from parallel.cost import Costs, ModelShape, best_split, feeding_order, memory, peak_features, simulate
+from parallel.cost import (
+    Costs,
+    ModelShape,
+    best_split,
+    decoding_order,
+    feeding_order,
+    memory,
+    peak_features,
+    simulate,
+)
 from parallel.grid import Degrees, Grid, Limits, possible_grids
 from parallel.layout import fastest
 from parallel.split import split_layers
@@ -15,8 +24,10 @@ from pipelines.methods import METHODS, dualparal, rolling
 from tests.longvid.test_cache import BYTES_PER_LATENT, walk
 
 SHAPE = ModelShape(
-    num_layers=40, dim=64, ffn_dim=128, num_rows=4, tokens_per_latent=24, latent_bytes=500, bytes_per_element=4
+    num_layers=40, dim=64, ffn_dim=128, num_rows=4, tokens_per_latent=24, latent_bytes=500, bytes_per_element=4,
+    front_bytes=9000
 )  # fmt: skip
+FEW_LAYERS = replace(SHAPE, num_layers=2)
 
 
 def even(grid, num_layers=SHAPE.num_layers):
@@ -33,15 +44,21 @@ def played(plan, grid, layers, costs, k):  # noqa: C901
     A thing is done as soon as all that it waits for has come; nothing here knows what the simulator knows. The bands of
     a stage wait for each other in every layer, so they count as one process here, and `grid` has none.
     """
-    after = feeding_order(plan)
+    after, due = feeding_order(plan), decoding_order(plan, grid) if grid.front else {}
     clock, mail = dict.fromkeys(range(grid.world_size), 0.0), {}
     todo = {rank: [] for rank in clock}
     for i, p in enumerate(plan.passes):
         lane = p.lane if grid.num_lanes > 1 else 0
         way = [grid.rank(lane, stage) for stage in range(grid.num_stages)]
         for stage, rank in enumerate(way):
+            for block in due.get(i, ()) if rank == grid.front else ():
+                todo[rank].append(("front", block, None, None))
             todo[rank].append(("pass", i, stage, way))
         todo[0].append(("finish", i, None, way))
+        todo[0] += [("back", block, None, None) for block in due.get(i, ())]
+    for block in due.get(len(plan.passes), ()):
+        todo[grid.front].append(("front", block, None, None))
+        todo[0].append(("back", block, None, None))
     ends, decodes = {}, []
 
     def post(kind, i, size, sender, receiver, time):
@@ -61,13 +78,21 @@ def played(plan, grid, layers, costs, k):  # noqa: C901
         for rank, things in todo.items():
             while things:
                 kind, i, stage, way = things[0]
-                p = plan.passes[i]
-                wanted = ((stage, "in"), i) if kind == "pass" else ("answer", i)
+                wanted = {"pass": ((stage, "in"), i), "finish": ("answer", i)}.get(kind, (kind, i))
                 if wanted not in mail:
                     break
                 things.pop(0)
                 moved = True
                 clock[rank] = max(clock[rank], mail[wanted])
+                if kind == "front":
+                    clock[rank] += 2 * costs.message + costs.front * plan.block_sizes[i]
+                    mail["back", i] = clock[rank] + costs.hop(plan.block_sizes[i] * SHAPE.front_bytes)
+                    continue
+                if kind == "back":
+                    clock[0] += costs.message + (costs.decode - costs.front) * plan.block_sizes[i]
+                    decodes.append((clock[0], i))
+                    continue
+                p = plan.passes[i]
                 lane = p.lane if grid.num_lanes > 1 else 0
                 is_abroad = way[0] != 0
                 if kind == "finish":
@@ -75,6 +100,10 @@ def played(plan, grid, layers, costs, k):  # noqa: C901
                     if p.updates:
                         feed(i)
                     for block in p.emits:
+                        if grid.front:
+                            clock[0] += costs.message
+                            mail["front", block] = clock[0] + costs.hop(plan.block_sizes[block] * SHAPE.latent_bytes)
+                            continue
                         clock[0] += costs.decode * plan.block_sizes[block]
                         decodes.append((clock[0], block))
                     continue
@@ -99,16 +128,18 @@ def played(plan, grid, layers, costs, k):  # noqa: C901
     return ends, decodes
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(32))
 def test_it_is_what_processes_that_exchange_messages_do(seed):
     rng = random.Random(seed)
     name = rng.choice(list(METHODS))
     method = METHODS[name](num_steps=rng.randint(1, 5), guidance_scale=rng.choice([1.0, 3.0]))
     plan = make_plan(method, rng.randint(2, 40))
-    plain = Grid(num_stages=rng.randint(1, 5), num_lanes=rng.choice([1, method.num_lanes]))
+    plain = Grid(num_stages=rng.randint(1, 5), num_lanes=rng.choice([1, method.num_lanes]),
+                 cuts_decoder=rng.random() < 0.6)  # fmt: skip
     grid = replace(plain, num_bands=rng.choice([1, 2, 4]))
     named = ("fixed", "per_latent", "per_pair", "first", "last", "turn", "decode", "latency", "message")
     costs = Costs(**{name: rng.uniform(0, 2) for name in named}, bandwidth=rng.uniform(300, 30000))
+    costs = replace(costs, front=rng.random() * costs.decode)
     layers = split_layers([rng.uniform(0.5, 2) for _ in range(7)], grid.num_stages)
     timeline = simulate(plan, grid, layers, costs, SHAPE)
     ends, decodes = played(plan, plain, layers, costs, grid.num_bands)
@@ -161,6 +192,35 @@ def test_the_head_that_decodes_gets_fewer_layers():
     assert len(layers[-1]) < min(len(part) for part in layers[:-1])
     split, equal = (simulate(plan, grid, x, Costs(decode=100.0), SHAPE).makespan for x in (layers, even(grid)))
     assert split < equal
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2])
+def test_a_decoder_that_is_cut_gives_the_head_less_to_do(num_lanes):
+    """Where layers are too few to make up for it, or both lanes have all of them."""
+    plan, costs, shape = (
+        make_plan(rolling(num_steps=4), 60),
+        Costs(per_latent=20.0, decode=60.0, front=25.0),
+        FEW_LAYERS,
+    )
+    grids = [Grid(num_stages=2 // num_lanes, num_lanes=num_lanes, cuts_decoder=cut) for cut in (False, True)]
+    whole, cut = (simulate(plan, grid, best_split(plan, grid, costs, shape), costs, shape) for grid in grids)
+    assert cut.makespan < whole.makespan and max(cut.idle) < max(whole.idle)
+    assert cut.decode_time == pytest.approx(whole.decode_time) == pytest.approx(60 * 60.0)
+    assert fastest(plan, grids, costs, shape).grid.cuts_decoder
+    assert not fastest(plan, grids, replace(costs, front=0.0), shape).grid.cuts_decoder, "nothing is to be had"
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("num_stages, num_lanes", [(3, 1), (1, 2), (2, 2)])
+def test_every_block_has_its_front_once_and_after_it_left(name, num_stages, num_lanes):
+    plan, grid = make_plan(METHODS[name](num_steps=3), 40), Grid(num_stages=num_stages, num_lanes=num_lanes,
+                                                                 cuts_decoder=True)  # fmt: skip
+    left = {block: i for i, p in enumerate(plan.passes) for block in p.emits}
+    for start in (0, len(plan.passes) // 2):
+        due = decoding_order(plan, grid, start)
+        assert [block for i in sorted(due) for block in due[i]] == [block for block, i in left.items() if i >= start]
+        assert all(feeding_order(plan)[i] >= left[block]
+                   for i, blocks in due.items() if i < len(plan.passes) for block in blocks)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -38,7 +38,26 @@ LIMITS = Limits(num_layers=6, num_heads=12, num_rows=5, num_lanes=2)
 
 
 def degrees_of(grids):
-    return [(grid.num_stages, grid.num_bands, grid.num_lanes) for grid in grids]
+    """Of those that leave the decoder whole; that the same with it cut come after them."""
+    found = [(grid.num_stages, grid.num_bands, grid.num_lanes, grid.cuts_decoder) for grid in grids]
+    cut = [(*degrees[:3], True) for degrees in found if not degrees[3] and degrees[0] * degrees[2] > 1]
+    whole = [degrees for degrees in found if not degrees[3]]
+    assert found == whole + cut
+    return [degrees[:3] for degrees in whole]
+
+
+def test_the_front_of_a_decoder_is_the_first_stage_s_or_the_twin_s():
+    cut = lambda stages, lanes: Grid(num_stages=stages, num_bands=3, num_lanes=lanes, cuts_decoder=True)  # noqa: E731
+    assert [cut(*of).front for of in ((1, 1), (2, 1), (4, 1), (1, 2), (3, 2))] == [0, 3, 3, 3, 15]
+    assert cut(3, 2).place(15) == replace(cut(3, 2).place(0), lane=1) and cut(4, 1).place(3).stage == 0
+    assert replace(cut(3, 2), cuts_decoder=False).front == 0
+
+
+def test_a_decoder_is_cut_or_not_as_asked():
+    assert all(grid.cuts_decoder for grid in possible_grids(4, LIMITS, Degrees(cuts_decoder=True)))
+    assert not any(grid.cuts_decoder for grid in possible_grids(4, LIMITS, Degrees(cuts_decoder=False)))
+    with pytest.raises(ValueError, match="parallel_vae cuts the decoder .* use --nproc 2 or more"):
+        possible_grids(4, LIMITS, Degrees(stages=1, sequence=4, cuts_decoder=True))
 
 
 @pytest.mark.parametrize("size, asked, expected", [

@@ -131,10 +131,8 @@ def test_a_front_and_a_back_are_the_whole_to_the_bit(name, dtype):
     for latent in latents(vae, 11).split([1, 3, 7], 2):
         expected, whole = vae.decode(latent, whole)
         shapes, told = vae.features_of(tuple(latent.shape), is_start=start is None)
-        features = []
-        for piece, state in front.decode_front(latent, start):
-            features.append(piece)
-        start = state
+        features, states = zip(*front.decode_front(latent, start), strict=True)
+        start = states[-1]
         assert [tuple(piece.shape) for piece in features] == shapes and {piece.dtype for piece in features} == {told}
         video, back = vae.decode_back(features, back)
         assert torch.equal(video, expected)
