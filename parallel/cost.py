@@ -153,7 +153,7 @@ class Timeline:
     """What each process does when: `starts[rank, pass]` and `ends`, NaN where a pass does not go through it.
 
     `decodes` are (start, end, block) on the head; of a decoder that is cut, of its back there, and `fronts` on the
-    process of its front. `sent` is bytes by rank.
+    process of its front. `sent` is bytes by rank, `message_time` what messages take within passes.
     """
 
     plan: Plan
@@ -163,6 +163,7 @@ class Timeline:
     decodes: tuple[tuple[float, float, int], ...]
     fronts: tuple[tuple[float, float, int], ...]
     sent: tuple[int, ...]
+    message_time: float
 
     @property
     def makespan(self) -> float:
@@ -176,8 +177,8 @@ class Timeline:
 
     @property
     def pass_time(self) -> float:
-        """Time of all passes on all processes."""
-        return float(np.nansum(self.ends - self.starts))
+        """Time of all passes on all processes, without their messages."""
+        return float(np.nansum(self.ends - self.starts)) - self.message_time
 
     @property
     def decode_time(self) -> float:
@@ -221,6 +222,7 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
     due = decoding_order(plan, grid) if grid.front else {}
     place = grid.place(grid.front)
     left: dict[int, float] = {}
+    message_time = 0.0
 
     def compute_front(block: int) -> None:
         size, own = plan.block_sizes[block], (place.lane or 0, place.stage)
@@ -250,10 +252,11 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
         work = depth * (costs.layer(p, k) + costs.exchange(p, k, shape))
         work[0] += costs.first * n / k
         work[-1] += costs.last * n
-        work[1:] += costs.message
-        work[:-1] += costs.message
-        work[0] += costs.message * (is_abroad or k > 1)
-        work[-1] += costs.message * (lane > 0 or k > 1)
+        messages = np.full(num_stages, 2)  # one comes, one goes
+        messages[0] -= not (is_abroad or k > 1)
+        messages[-1] -= not (lane > 0 or k > 1)
+        work += costs.message * messages
+        message_time += k * costs.message * messages.sum()
         before = np.concatenate([[0.0], np.cumsum(work[:-1] + costs.hop(hidden))])
         ready = free[lane] - before
         ready[0] = max(ready[0], fed + (costs.hop(latents) if is_abroad or k > 1 else 0.0))
@@ -277,7 +280,7 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
         compute_front(block)
         head = compute_back(block, fronts[-1][1], head)
     return Timeline(plan=plan, grid=grid, starts=starts, ends=ends, decodes=tuple(decodes), fronts=tuple(fronts),
-                    sent=tuple(map(int, sent)))  # fmt: skip
+                    sent=tuple(map(int, sent)), message_time=float(message_time))  # fmt: skip
 
 
 def peak_features(plan: Plan) -> int:

@@ -9,21 +9,23 @@ import torch
 
 from longvid.checkpoints.diffusers_folder import load_dit, open_folder
 from longvid.models.attention import KV
-from longvid.models.cache import Cache, Context, Entry
-from longvid.models.dit import DiT, TextFeatures
+from longvid.models.cache import Cache, Entry
+from longvid.models.dit import DiT
 from longvid.models.packed import pack
 from longvid.models.vae import VAEConfig
 from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import Point, Queue, noise_of, sample, timesteps_of
-from longvid.types import Latents, Timesteps
+from longvid.types import Latents
 from parallel.cost import Costs, ModelShape
 from pipelines.configure import Run
-from pipelines.generate import vae_of
+from pipelines.generate import decode, vae_of
 
 REPEATS, SHORT = 5, 0.1
-"""Calls of which a time is the median, and seconds within which these are made even where fewer would do."""
-REHEARSED = 200
+"""Calls of which a time is the mean, and seconds within which these are made even where fewer would do."""
+LONG = 0.6
+"""Seconds over which, where a prediction is wanted, what most of a run is made of is timed."""
+REHEARSED = 120
 """Passes of the plan, from its beginning, by which it is timed what the head does between them."""
 TEXT_TOKENS = 160
 LEAST_LAYERS, CACHED = 3, 64 * 2**20
@@ -49,28 +51,38 @@ def shape_of(run: Run) -> ModelShape:
 
 @torch.no_grad()
 def measured_costs(
-    run: Run, plan: Plan, *, latency: float, bandwidth: float, message: float = 0.0, repeats: int = REPEATS
+    run: Run,
+    plan: Plan,
+    *,
+    latency: float,
+    bandwidth: float,
+    message: float = 0.0,
+    repeats: int = REPEATS,
+    least_s: float = 0.0,
 ) -> Costs:
     """Costs of the run's model on this machine, with the threads that torch has now; links as given.
 
     Some layers in a row are timed on passes of the plan, their context joined and their features kept as in a run, and
-    the three coefficients fitted to that; the ends are what the end layers take besides. Times are medians of `repeats`
-    calls. What the head does between passes is timed by carrying out a part of the plan without a model.
+    the three coefficients fitted to that; the ends are what the end layers take besides. Times are means of `repeats`
+    calls, since a run is their sum; of the most common pass, and of decoding, over `least_s` seconds at least. What the
+    head does between passes is timed by carrying out a part of the plan.
     """
     num_layers = open_folder(run.model).transformer["num_layers"]
     few, more = range(1), range(min(max(LEAST_LAYERS, CACHED // shape_of(run).layer_bytes), num_layers))
     parts = {layers: _part(run, layers) for layers in (few, more, range(num_layers - 1, num_layers))}
     shown = _shown(plan)
     layer, first, last = [], [], []
-    for p in shown:
-        short, long, end = (_time(run, _forward(part, run, p), repeats) for part in parts.values())
+    for i, p in enumerate(shown):
+        seconds = least_s if i == 0 else 0.0
+        short, long, end = (_time(run, _forward(part, run, p), repeats, seconds * (part is parts[more]))
+                            for part in parts.values())  # fmt: skip
         layer.append(max((long - short) / (len(more) - 1), 1e-9) if len(more) > 1 else short)
         first.append(max(0.0, short - layer[-1]) / p.num_latents)
         last.append(max(0.0, end - layer[-1]) / p.num_latents)
-    decode, front = _decode_times(run, plan, repeats)
+    decode, front = _decode_times(run, plan, repeats, least_s)
     fixed, per_latent, per_pair = _fit([(p.num_latents, p.num_context) for p in shown], layer)
     return Costs(fixed=fixed, per_latent=per_latent, per_pair=per_pair, first=statistics.median(first),
-                 last=statistics.median(last), turn=_turn_time(run, plan), decode=decode, front=front,
+                 last=statistics.median(last), turn=_turn_time(run, plan, parts[few]), decode=decode, front=front,
                  latency=latency, bandwidth=bandwidth, message=message)  # fmt: skip
 
 
@@ -130,26 +142,28 @@ def _forward(part: DiT, run: Run, p: Pass) -> Callable[[], object]:
     return forward
 
 
-def _turn_time(run: Run, plan: Plan) -> float:
-    """Seconds for a pass of all but its model: a part of the plan carried out with a model that takes no time.
+def _turn_time(run: Run, plan: Plan, part: DiT) -> float:
+    """Seconds for a pass of all but its model: a part of the plan carried out, less the time of its first layer, which
+    stands for the model and leaves the CPU's caches as that does.
 
     On a GPU it is the time of launching it.
     """
     device = torch.device(run.device)
-    kept = KV(*(torch.zeros(1, max(p.num_latents for p in plan.passes), 1, 1, 1, device=device) for _ in range(2)))
+    text = part.text_features(torch.randn(1, TEXT_TOKENS, part.config.text_dim, device=device).to(part.proj_dtype))
+    ends, spent = [], []
 
-    def nothing(x: Latents, timesteps: Timesteps, text: TextFeatures, context: Context, **options) -> tuple:
-        return x, {0: kept.narrow(0, x.shape[2])}
+    def layer(x: Latents, *inputs, **options) -> tuple:
+        spent.extend(time.perf_counter() - end for end in ends[-1:])
+        _, features = part(x, *inputs, **options)
+        ends.append(time.perf_counter())
+        return x, features
 
-    noise, times = noise_of(plan, 0, *_latent_size(run)), [time.perf_counter()]
+    noise = noise_of(plan, 0, *_latent_size(run))
     start = Point(done=0, cache=Cache(), queue=Queue(plan, noise, device, _ready(run, plan)))
-    for _ in sample(
-        plan, nothing, lambda p: {}, noise, start=start, observe=lambda p: times.append(time.perf_counter())
-    ):
-        if len(times) > REHEARSED:
+    for _ in sample(plan, layer, lambda p: text, noise, start=start):
+        if len(ends) > REHEARSED:
             break
-    spent = np.diff(times)
-    return float(np.mean(spent[len(spent) // 3 :]))
+    return float(np.mean(spent[len(spent) // 3 :])) if spent else 0.0
 
 
 def _ready(run: Run, plan: Plan) -> list[Latents]:
@@ -165,7 +179,7 @@ def _latent_size(run: Run) -> tuple[int, int, int]:
     return folder.transformer["in_channels"], run.height // factor, run.width // factor
 
 
-def _decode_times(run: Run, plan: Plan, repeats: int) -> tuple[float, float]:
+def _decode_times(run: Run, plan: Plan, repeats: int, least_s: float) -> tuple[float, float]:
     """Seconds for a latent of the VAE's stream, in a whole block; and those that its front takes of them."""
     vae = vae_of(run)
     factor = vae.config.spatial_factor
@@ -173,18 +187,18 @@ def _decode_times(run: Run, plan: Plan, repeats: int) -> tuple[float, float]:
     z = torch.randn(1, vae.config.z_dim, size, run.height // factor, run.width // factor, device=run.device)
     _, state = vae.decode(z)
     *_, (_, front_state) = vae.decode_front(z)
-    whole = _time(run, lambda: vae.decode(z, state), repeats) / size
-    front = _time(run, lambda: list(vae.decode_front(z, front_state)), repeats) / size
+    whole = _time(run, lambda: decode(vae, z, state), repeats, least_s) / size
+    front = _time(run, lambda: list(vae.decode_front(z, front_state)), repeats, least_s) / size
     return whole, min(front, whole)
 
 
-def _time(run: Run, call: Callable[[], object], repeats: int) -> float:
-    """Median seconds of a call, after a first one; of more repeats than asked for where they are short."""
+def _time(run: Run, call: Callable[[], object], repeats: int, least_s: float) -> float:
+    """Mean seconds of a call, after a first one; of more repeats than asked for where they are short."""
     times = []
-    while len(times) <= repeats or (len(times) <= REPEATS and sum(times) < SHORT):
+    while len(times) <= repeats or (len(times) <= REPEATS and sum(times) < SHORT) or sum(times) < least_s:
         start = time.perf_counter()
         call()
         if run.device.startswith("cuda"):
             torch.cuda.synchronize(run.device)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.mean(times[1:])

@@ -32,6 +32,7 @@ METHODS = ("rolling", "dualparal", "rolling-forcing")
 """One for each kind of pass: causal, two-sided, joint."""
 
 GRIDS = {"stages": Grid(num_stages=2), "lanes": Grid(num_stages=1, num_lanes=2),
+         "lanes that cut the decoder": Grid(num_stages=1, num_lanes=2, cuts_decoder=True),
          "sequence": Grid(num_stages=1, num_bands=2)}  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from parallel.layout import Layout, fastest
 from parallel.link import Measured, measured_link
 from parallel.snapshot import part_of
 from parallel.split import split_layers
-from pipelines.calibrate import measured_costs, shape_of
+from pipelines.calibrate import LONG, measured_costs, shape_of
 from pipelines.configure import Run
 from pipelines.extend import Extension, extend
 from pipelines.generate import Observer, encode_prompts, generate
@@ -115,14 +115,14 @@ def grids_of(world_size: int, run: Run, asked: Degrees) -> list[Grid]:
     return possible_grids(world_size, limits_of(run), asked, may_cut_rows=run.device.startswith("cuda"))
 
 
-def costs_now(run: Run, plan: Plan, link: Measured = Measured()) -> Costs:  # noqa: B008  an immutable value
-    """Costs measured on this process's device, in a moment."""
-    return measured_costs(run, plan, **link._asdict(), repeats=1)
+def costs_now(run: Run, plan: Plan, link: Measured = Measured(), least_s: float = 0.0) -> Costs:  # noqa: B008  a value
+    """Costs measured on this process's device, in a moment; `least_s` as in `measured_costs`."""
+    return measured_costs(run, plan, **link._asdict(), repeats=1, least_s=least_s)
 
 
 def layout_here(grids: list[Grid], run: Run, plan: Plan) -> Layout:
     """The fastest of these grids if all processes are as fast as this one, and links take no time."""
-    return fastest(plan, grids, costs_now(run, plan), shape_of(run))
+    return fastest(plan, grids, costs_now(run, plan, least_s=LONG), shape_of(run))
 
 
 def layout_record(layout: Layout | None, run: Run) -> dict:
@@ -141,8 +141,9 @@ def grids_that_fit(grids: list[Grid], run: Run, plan: Plan, available: int) -> l
     vae = 4 * num_elements(folder, "vae")
     for grid in grids:
         layers = split_layers([1.0] * shape.num_layers, grid.num_stages)
-        head, *others = memory(plan, grid, layers, shape)
-        needed.append(max(({**head, "VAE": vae}, *others), key=lambda parts: sum(parts.values())))
+        parts_of = [parts | ({"VAE": vae} if rank in (0, grid.front) else {})
+                    for rank, parts in enumerate(memory(plan, grid, layers, shape))]  # fmt: skip
+        needed.append(max(parts_of, key=lambda parts: sum(parts.values())))
     encoder = {"text encoder": shape.bytes_per_element * num_elements(folder, "text_encoder")}
     needed = [max(parts, encoder, key=lambda parts: sum(parts.values())) for parts in needed]
     fitting = [grid for grid, parts in zip(grids, needed, strict=True) if sum(parts.values()) <= available]
@@ -195,7 +196,7 @@ def taken_part(task: Task, *, whole: bool, lost: Callable[[str], None]) -> Itera
             grids = grids_that_fit(grids, task.run, task.request.plan(), available)
         found = measured_link(num - 1, torch.device(device))
         link = from_rank(num - 1, lambda: found)
-        measured = attempted(lambda: costs_now(task.run, plan, link))
+        measured = attempted(lambda: costs_now(task.run, plan, link, LONG if whole else 0.0))
         costs = mean_costs([from_rank(rank, measured) for rank in range(num)])
         encoded = attempted(task.encode) if dist.get_rank() == 0 else list  # while the last process plans
         layout = from_rank(num - 1, lambda: fastest(plan, grids, costs, shape_of(task.run)))

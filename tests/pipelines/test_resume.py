@@ -77,6 +77,13 @@ def test_lanes_on_processes_of_their_own_go_on_on_one(model, here, uncut):
     hold(here, resume(here, "--nproc", 1), uncut("text", "generate"))
 
 
+@pytest.mark.parametrize("layout, then", [("--cfg-parallel", []), ("--no-cfg-parallel", ["--nproc", 1])])
+def test_a_run_whose_decoder_is_cut_goes_on(model, here, uncut, layout, then):
+    """What had left is decoded again by both parts, or by one."""
+    cut(model, here, "generate", layout, "--parallel-vae", num=2, blocks=9)
+    hold(here, resume(here, *then), uncut("text", "generate"))
+
+
 def test_a_run_whose_processes_share_heads_goes_on_on_stages(model, here, tmp_path):
     """Features of some heads each, as they were kept, are joined again; the video is the same but for rounding."""
     ran = run(model, "generate", *FEW, "--output", tmp_path / "a.mp4", "--save-latents", tmp_path / "a")

@@ -36,7 +36,8 @@ def picture(path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["generate", "image", "extend", "lanes"])
-def test_two_processes_make_the_video_of_one(model, longvid, here, kind):
+def test_several_processes_make_the_video_of_one(model, longvid, here, kind):
+    """Whether they cut the decoder or not."""
     words = {
         "generate": lambda: ["generate"],
         "image": lambda: ["generate", "--image", picture(here / "first.png")],
@@ -44,18 +45,20 @@ def test_two_processes_make_the_video_of_one(model, longvid, here, kind):
         "extend": lambda: ["extend", "--video", save_film(here / "given.mp4", 9)],
     }[kind]()
     words += ["--num-frames", 29, "--num-steps", 3]
-    found = {}
-    for num in (1, 2):
-        out = [*words, "--output", here / f"{num}.mp4", "--metrics", here / f"m{num}.json", "--threads", 1]
-        ran = run(model, *out, "--nproc", num, *(["--cfg-parallel"] if kind == "lanes" and num == 2 else []))
-        assert ran.returncode == 0 and ran.stdout == f"{here / f'{num}.mp4'}\n", ran.stderr
-        found[num] = read_json(here / f"m{num}.json")
-    assert found[1]["latent_sha256"] == found[2]["latent_sha256"]
-    assert found[1]["frames"] == found[2]["frames"] and found[1]["passes"] == found[2]["passes"]
-    assert (load(here / "1.mp4") == load(here / "2.mp4")).all()
-    for name in ("idle_fraction", "peak_memory_mb", "bytes_sent"):
-        assert [len(found[num][name]) for num in (1, 2)] == [1, 2]
-    assert found[1]["bytes_sent"] == [0] and all(found[2]["bytes_sent"])
+    found, lanes = {}, ["--cfg-parallel"] * (kind == "lanes")
+    spread = {"one": (1, []), "two": (2, ["--no-parallel-vae", *lanes]), "cut": (2, ["--parallel-vae", *lanes]),
+              "four": (4, ["--parallel-vae"])}  # fmt: skip
+    for name, (num, more) in spread.items():
+        out = [*words, "--output", here / f"{name}.mp4", "--metrics", here / f"{name}-m.json", "--threads", 1]
+        ran = run(model, *out, "--nproc", num, *more)
+        assert ran.returncode == 0 and ran.stdout == f"{here / f'{name}.mp4'}\n", ran.stderr
+        found[name] = read_json(here / f"{name}-m.json")
+        assert all(len(found[name][each]) == num for each in ("idle_fraction", "peak_memory_mb", "bytes_sent"))
+        assert all(found[name][each] == found["one"][each] for each in ("latent_sha256", "frames", "passes"))
+        assert (load(here / f"{name}.mp4") == load(here / "one.mp4")).all()
+    assert found["one"]["bytes_sent"] == [0] and all(found["two"]["bytes_sent"])
+    assert [found[name]["layout"]["decoder_front"] for name in spread] == [0, 0, 1, 3]
+    assert all(more > less for more, less in zip(found["cut"]["bytes_sent"], found["two"]["bytes_sent"], strict=True))
 
 
 def test_two_processes_share_heads(model, here):
