@@ -5,8 +5,9 @@
 
 The same folder, prompt, frames, steps and guidance go through diffusers' `SkyReelsV2DiffusionForcingPipeline`
 (windows of 97 frames that share 17), through longvid with the same windows (`skyreels-sync`), and through longvid
-with the model's own method, all in float32. `--sequence-parallel K` adds K processes that share heads (Ulysses, no
-stages) and K that share layers. Each runs in a process of its own, with nothing kept from the run before.
+with the model's own method, all in float32. `--nproc N` adds the last on N processes that have the threads of one
+together, `--sequence-parallel K` K processes that share heads (Ulysses, no stages) and K that share layers. Each runs
+in processes of its own, with nothing kept from the run before.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ WINDOW, OVERLAP, CONDITION = 97, 17, 20
 """Frames of diffusers' windows, those that two share, and thousandths of noise on these: what SkyReels-V2 recommends,
 and what `skyreels-sync` is."""
 
-DIFFUSERS, WINDOWS, OWN = "diffusers", "longvid, windows", "longvid"
+DIFFUSERS, WINDOWS, OWN, ALSO = "diffusers", "longvid, windows", "longvid", "longvid, also"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -45,6 +46,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each process")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--nproc", type=int, metavar="N", help="also on N processes, with the threads of one together")
     parser.add_argument("--sequence-parallel", type=int, metavar="K", help="also K processes, as heads and as stages")
     parser.add_argument("--out", default=str(ROOT / "bench" / "results" / "peers"), metavar="DIR")
     parser.add_argument("--child", nargs=2, metavar=("CASE", "FILE"), help=argparse.SUPPRESS)
@@ -57,7 +59,7 @@ def requested(options: argparse.Namespace, case: str):
 
     common = {"prompt": options.prompt, "seconds": options.seconds, "seed": options.seed, "device": "cpu",
               "dtype": "float32"}  # fmt: skip
-    if case == OWN + ", also":
+    if case == ALSO:
         return configure(model=options.also, **common)
     common["vae_dtype"] = "float32"  # as diffusers
     method = {"method": "skyreels-sync"} if case == WINDOWS else {}
@@ -152,17 +154,45 @@ def run_alone(words: list[str], case: str, file: Path) -> dict:
     return found | {"process_s": seconds, "first_frame_s": found.pop("first_frame_at") - start}
 
 
-def run_together(options: argparse.Namespace, layout: str, file: Path) -> dict:
+@dataclass(frozen=True)
+class Together:
+    """A case of longvid on several processes of so many threads, as one of the layouts of `longvid bench`."""
+
+    case: str
+    layout: str
+    num: int
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """Short."""
+        layout = "" if self.layout == "fastest" else f" as {self.layout}"
+        return f"{self.case}, {self.num} processes{layout}"
+
+
+def together(options: argparse.Namespace) -> list[Together]:
+    """The cases on several processes that are asked for."""
+    found = []
+    if num := options.nproc:
+        cases = [OWN, ALSO] if options.also else [OWN]
+        found += [Together(case, "fastest", num, max(1, options.threads // num)) for case in cases]
+    if num := options.sequence_parallel:
+        found += [Together(OWN, layout, num, options.threads) for layout in ("stages", "sequence")]
+    return found
+
+
+def run_together(options: argparse.Namespace, how: Together, file: Path) -> dict:
     """Several processes by `longvid generate`."""
     from pipelines.bench import LAYOUTS
 
-    run, num = requested(options, OWN), options.sequence_parallel
+    run, num = requested(options, how.case), how.num
     metrics = file.with_suffix(".metrics.json")
+    method = [] if how.case == ALSO else [
+        "--num-inference-steps", options.steps, "--guidance-scale", options.guidance_scale, "--flow-shift",
+        options.flow_shift, *(["--first-steps", options.steps] if run.method.first_steps else [])]  # fmt: skip
     words = ["generate", "--model", run.model, "--prompt", run.prompt, "--num-frames", run.num_frames, "--seed",
-             run.seed, "--num-inference-steps", options.steps, "--guidance-scale", options.guidance_scale,
-             "--flow-shift", options.flow_shift, "--device", "cpu", "--vae-dtype", run.vae_dtype, "--nproc", num,
-             *(["--first-steps", options.steps] if run.method.first_steps else []),
-             "--threads", options.threads, *(word.format(nproc=num) for word in LAYOUTS[layout]), "--output",
+             run.seed, "--device", "cpu", "--vae-dtype", run.vae_dtype, *method, "--nproc", num, "--threads",
+             how.threads, *(word.format(nproc=num) for word in LAYOUTS[how.layout]), "--output",
              file.with_suffix(".mp4"), "--metrics", metrics, "--quiet", "--overwrite"]  # fmt: skip
     start = time.time()
     subprocess.run([sys.executable, "-m", "pipelines.cli", *map(str, words)], check=True, cwd=ROOT,
@@ -178,12 +208,12 @@ def check(options: argparse.Namespace) -> None:
     from parallel.grid import Degrees
     from pipelines.spread import grids_of
 
-    for case in (WINDOWS, OWN, *([OWN + ", also"] if options.also else [])):
+    for case in (WINDOWS, OWN, *([ALSO] if options.also else [])):
         requested(options, case)
-    if num := options.sequence_parallel:
-        run = requested(options, OWN)
-        for degrees in (Degrees(sequence=num, lanes=1), Degrees(stages=num, lanes=1)):
-            grids_of(num, run, degrees)
+    asked = {"fastest": lambda num: Degrees(), "stages": lambda num: Degrees(stages=num, lanes=1),
+             "sequence": lambda num: Degrees(sequence=num, lanes=1)}  # fmt: skip
+    for how in together(options):
+        grids_of(how.num, requested(options, how.case), asked[how.layout](how.num))
 
 
 def drift(video: Path, prompt: str) -> dict:
@@ -197,7 +227,7 @@ def drift(video: Path, prompt: str) -> dict:
 FIGURES = {
     "whole process s": lambda r: r["process_s"], "denoising s": lambda r: r.get("denoise_s"),
     "VAE s": lambda r: r.get("vae_s"), "first frame s": lambda r: r["first_frame_s"],
-    "peak MiB": lambda r: max(r["peak_memory_mb"]), "sent MiB": lambda r: sum(r.get("bytes_sent", [0])) / 2**20,
+    "peak MiB": lambda r: sum(r["peak_memory_mb"]), "sent MiB": lambda r: sum(r.get("bytes_sent", [0])) / 2**20,
 }  # fmt: skip
 SLOPES = ("sharpness", "saturation", "contrast", "brightness", "histogram_distance")
 
@@ -211,7 +241,8 @@ def table(records: list[dict], command: str) -> Iterator[str]:
     yield f"`{command}`, {first['date']}, {first['hardware']['cpu']}, {first['hardware']['cores']} cores; torch "\
           f"{first['versions']['torch']}, diffusers {first['versions']['diffusers']}, float32; medians of "\
           f"{len(cases[DIFFUSERS])} interleaved runs, ± half their range. The first frame counts from the start of "\
-          "the process, imports and loading included. Not measured: GPUs, other sizes, other models."  # fmt: skip
+          "the process, imports and loading included; memory is the sum over processes. Not measured: GPUs, other "\
+          "sizes, other models."  # fmt: skip
     yield ""
     yield "| case | " + " | ".join(FIGURES) + " | times faster than diffusers | of its memory |"
     yield "|---" * (len(FIGURES) + 3) + "|"
@@ -265,13 +296,12 @@ def main() -> None:
         except ValueError as error:
             sys.exit(str(error))
         out.mkdir(parents=True, exist_ok=True)
-        alone = [DIFFUSERS, WINDOWS, OWN, *([OWN + ", also"] if options.also else [])]
-        together = ["stages", "sequence"] if options.sequence_parallel else []
+        alone = [DIFFUSERS, WINDOWS, OWN, *([ALSO] if options.also else [])]
         about = {"command": command, "date": date.today().isoformat(), "hardware": hardware(),
                  "versions": {**versions(), "diffusers": version("diffusers")}}  # fmt: skip
         for repeat in range(options.repeats):
-            for case in (*alone, *together):
-                name = case if case in alone else f"longvid, {options.sequence_parallel} processes as {case}"
+            for case in (*alone, *together(options)):
+                name = case if case in alone else case.name
                 file = out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
                 try:
                     found = run_alone(words, case, file) if case in alone else run_together(options, case, file)

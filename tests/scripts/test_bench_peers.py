@@ -21,6 +21,15 @@ def test_windows_are_those_that_diffusers_is_asked_for():
     assert {run.dtype for run in (windows, own)} == {run.vae_dtype for run in (windows, own)} == {"float32"}
 
 
+def test_several_processes_have_the_threads_of_one():
+    parse = PEERS["arguments"]().parse_args
+    found = PEERS["together"](parse(["--also", "tiny-fast", "--nproc", "2", "--threads", "4"]))
+    assert [(how.name, how.num, how.threads) for how in found] == \
+        [("longvid, 2 processes", 2, 2), ("longvid, also, 2 processes", 2, 2)]  # fmt: skip
+    found = PEERS["together"](parse(["--sequence-parallel", "2", "--threads", "1"]))
+    assert [how.name for how in found] == ["longvid, 2 processes as stages", "longvid, 2 processes as sequence"]
+
+
 def record(case, repeat, seconds, memory):
     drift = {name: {"slope_per_minute": 0.5} for name in PEERS["SLOPES"]}
     return {
@@ -45,6 +54,7 @@ def test_each_is_compared_with_diffusers():
 @pytest.mark.parametrize("words, said", [
     (["--repeats", "0"], "repeats=0 must be at least 1"),
     (["--sequence-parallel", "2"], "sequence_parallel=2 must divide the model's 3 heads"),
+    (["--nproc", "17"], "nproc=17 makes 17 stages"),
     (["--steps", "0"], "num_steps=0 must be"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_runs(monkeypatch, tmp_path, words, said):
