@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -73,9 +73,8 @@ def measured_costs(
     shown = _shown(plan)
     layer, first, last = [], [], []
     for i, p in enumerate(shown):
-        seconds = least_s if i == 0 else 0.0
-        short, long, end = (_time(run, _forward(part, run, p), repeats, seconds * (part is parts[more]))
-                            for part in parts.values())  # fmt: skip
+        calls = [_forward(part, run, p) for part in parts.values()]
+        short, long, end = _times(run, calls, repeats, 0.0 if i else 1.5 * least_s)
         layer.append(max((long - short) / (len(more) - 1), 1e-9) if len(more) > 1 else short)
         first.append(max(0.0, short - layer[-1]) / p.num_latents)
         last.append(max(0.0, end - layer[-1]) / p.num_latents)
@@ -187,18 +186,28 @@ def _decode_times(run: Run, plan: Plan, repeats: int, least_s: float) -> tuple[f
     z = torch.randn(1, vae.config.z_dim, size, run.height // factor, run.width // factor, device=run.device)
     _, state = vae.decode(z)
     *_, (_, front_state) = vae.decode_front(z)
-    whole = _time(run, lambda: decode(vae, z, state), repeats, least_s) / size
-    front = _time(run, lambda: list(vae.decode_front(z, front_state)), repeats, least_s) / size
+    calls = (lambda: decode(vae, z, state), lambda: list(vae.decode_front(z, front_state)))
+    whole, front = (seconds / size for seconds in _times(run, calls, repeats, least_s))
     return whole, min(front, whole)
 
 
-def _time(run: Run, call: Callable[[], object], repeats: int, least_s: float) -> float:
-    """Mean seconds of a call, after a first one; of more repeats than asked for where they are short."""
-    times = []
-    while len(times) <= repeats or (len(times) <= REPEATS and sum(times) < SHORT) or sum(times) < least_s:
-        start = time.perf_counter()
-        call()
-        if run.device.startswith("cuda"):
-            torch.cuda.synchronize(run.device)
-        times.append(time.perf_counter() - start)
-    return statistics.mean(times[1:])
+def _times(run: Run, calls: Sequence[Callable[[], object]], repeats: int, least_s: float) -> list[float]:
+    """Mean seconds of calls, in turn, after a first round; of more rounds than asked for where they are short.
+
+    One after the other a part of the model would find its weights where no run has them.
+    """
+    rounds = []
+    while (
+        len(rounds) <= repeats
+        or (len(rounds) <= REPEATS and np.sum(rounds) < SHORT * len(calls))
+        or np.sum(rounds) < least_s
+    ):
+        times = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            if run.device.startswith("cuda"):
+                torch.cuda.synchronize(run.device)
+            times.append(time.perf_counter() - start)
+        rounds.append(times)
+    return np.mean(rounds[1:], 0).tolist()
