@@ -25,7 +25,7 @@ REPEATS, SHORT = 5, 0.1
 """Calls of which a time is the mean, and seconds within which these are made even where fewer would do."""
 LONG = 0.6
 """Seconds over which, where a prediction is wanted, what most of a run is made of is timed."""
-REHEARSED = 120
+REHEARSED = 48
 """Passes of the plan, from its beginning, by which it is timed what the head does between them."""
 TEXT_TOKENS = 160
 LEAST_LAYERS, CACHED = 3, 64 * 2**20
