@@ -105,12 +105,17 @@ def launch(main: Callable[[list[str]], int], module: str, words: Sequence[str], 
 
 
 def _be_forked(main: Callable[[list[str]], int], words: list[str], threads: int) -> None:
-    """What a copy of the launching process does: forget that it was one, and leave with the code of `main`."""
+    """What a copy of the launching process does: forget that it was one, and leave with the code of `main`.
+
+    Once it is done it waits for the others, and for the launcher to hear of that; if one of them fails, nothing is left
+    here that would need time to end.
+    """
     logging.disable(logging.NOTSET)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(threads)
     code = main(words)
     sys.stdout.flush()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if code:
         raise SystemExit(code)
 
