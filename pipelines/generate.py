@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -153,31 +153,26 @@ def roll(
     They leave first, too, if they are a part of the video that is made (`shows_ready`).
     """
     start, begin = time.perf_counter(), keeping.start if keeping else 0
+    blocks = partial(_blocks, run, plan, models, ready, observer, keeping)
     if models.vae:
-        yield from _head_frames(run, plan, models, ready, observer, keeping, shows_ready=shows_ready)
+        yield from _head_frames(blocks, plan, models, ready, observer, keeping, shows_ready=shows_ready)
     elif models.vae_front:
         during = lambda block: observer.span("decode", block=block)  # noqa: E731
         front = Front(models.vae_front, models.stage, plan, begin, models.latent_size, during)
         front.compute(BEFORE)
-        assert not list(_blocks(run, plan, models, [], observer, keeping, front.compute))
+        assert not list(blocks(front.compute))
     else:
-        assert not list(_blocks(run, plan, models, [], observer, keeping))
+        assert not list(blocks())
     spans = observer.trace.spans if observer.trace else []
     usage = _usage(run, models, time.perf_counter() - start)
     observer.ended(usage, [spans] if models.stage is None else from_all(spans))
 
 
 def _head_frames(
-    run: Run,
-    plan: Plan,
-    models: Models,
-    ready: list[Latents],
-    observer: Observer,
-    keeping: Keeping | None,
-    *,
-    shows_ready: bool,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """What `roll` yields on the process that has the VAE, or its back: another computes the front then."""
+    blocks: Callable[[], Iterator[tuple[int, Latents | None]]], plan: Plan, models: Models, ready: list[Latents],
+    observer: Observer, keeping: Keeping | None, *, shows_ready: bool,
+) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
+    """What `roll` yields on the process that has the VAE; where it is cut, another computes the decoder's front."""
     cut = models.stage is not None and models.stage.decoding is not None
     begin = keeping.start if keeping else 0
     decoder = Back(models.vae, models.stage, plan, begin, models.latent_size) if cut else Whole(models.vae, plan)
@@ -192,7 +187,7 @@ def _head_frames(
         observer.left(block, latents)
         decoder.put(block, latents)
         yield shown(block)
-    for block, latents in _blocks(run, plan, models, ready, observer, keeping):
+    for block, latents in blocks():
         if latents is not None:
             with observer.span("keep", block=block):
                 observer.left(block, latents)
@@ -218,14 +213,9 @@ def _usage(run: Run, models: Models, seconds: float) -> list[Usage]:
 
 
 def _blocks(
-    run: Run,
-    plan: Plan,
-    models: Models,
-    ready: list[Latents],
-    observer: Observer,
-    keeping: Keeping | None,
+    run: Run, plan: Plan, models: Models, ready: list[Latents], observer: Observer, keeping: Keeping | None,
     decode_front: Callable[[int], None] = lambda i: None,
-) -> Iterator[tuple[int, Latents | None]]:
+) -> Iterator[tuple[int, Latents | None]]:  # fmt: skip
     size, stage = models.latent_size, models.stage
     noise = noise_of(plan, run.seed, *size)
     text: Callable[[Pass], TextFeatures] = lambda p: models.text(plan.video(p), p.lane)  # noqa: E731
