@@ -2,7 +2,9 @@
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ REPEATS, SHORT = 5, 0.1
 """Calls of which a time is the mean, and seconds within which these are made even where fewer would do."""
 LONG = 0.6
 """Seconds over which, where a prediction is wanted, what most of a run is made of is timed."""
-REHEARSED = 48
+REHEARSED = 120
 """Passes of the plan, from its beginning, by which it is timed what the head does between them."""
 TEXT_TOKENS = 160
 LEAST_LAYERS, CACHED = 3, 64 * 2**20
@@ -149,7 +151,7 @@ def _turn_time(run: Run, plan: Plan, part: DiT) -> float:
     """
     device = torch.device(run.device)
     text = part.text_features(torch.randn(1, TEXT_TOKENS, part.config.text_dim, device=device).to(part.proj_dtype))
-    ends, spent = [], []
+    plan, ends, spent = replace(plan, passes=plan.passes[:REHEARSED]), [], []
 
     def layer(x: Latents, *inputs, **options) -> tuple:
         spent.extend(time.perf_counter() - end for end in ends[-1:])
@@ -159,9 +161,7 @@ def _turn_time(run: Run, plan: Plan, part: DiT) -> float:
 
     noise = noise_of(plan, 0, *_latent_size(run))
     start = Point(done=0, cache=Cache(), queue=Queue(plan, noise, device, _ready(run, plan)))
-    for _ in sample(plan, layer, lambda p: text, noise, start=start):
-        if len(ends) > REHEARSED:
-            break
+    deque(sample(plan, layer, lambda p: text, noise, start=start), maxlen=0)
     return float(np.mean(spent[len(spent) // 3 :])) if spent else 0.0
 
 

@@ -229,10 +229,6 @@ class Decoder(nn.Module):
         self.norm_out = RMSNorm(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], config.out_channels, 3)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        """`(b, t, h, w, z_dim) -> (b, t', h', w', out_channels)`."""
-        return self.back(self.front(x, stream), stream)
-
     def front(self, x: Tensor, stream: Stream) -> Tensor:
         """`(b, t, h, w, z_dim) -> (b, t', h', w', c)`: of full size already, in frames and pixels."""
         x = self.mid_block(self.conv_in(x, stream), stream)

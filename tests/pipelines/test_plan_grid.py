@@ -6,6 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines import calibrate
+from pipelines.configure import configure
+
 QUICK = ("--num-frames", 49, "--num-steps", 3)
 
 
@@ -66,3 +69,12 @@ def test_what_cannot_be_is_one_line(longvid, here, words, said):
     ran = longvid("plan", *QUICK, *words)
     assert ran.code == 2 and said in ran.err and len(ran.err.splitlines()) == 1 and not ran.out
     assert not list(here.iterdir())
+
+
+def test_of_a_long_plan_the_beginning_is_rehearsed(model, monkeypatch):
+    """A method may go through thousands of passes before its first block leaves."""
+    run, seen = configure(model=model, method="dualparal", num_frames=401), []
+    monkeypatch.setattr(calibrate, "sample", lambda plan, *_, **__: seen.append(len(plan.passes)) or iter(()))
+    plan = run.plan()
+    calibrate.measured_costs(run, plan, latency=0.0, bandwidth=1e9, repeats=1)
+    assert seen == [calibrate.REHEARSED] and len(plan.passes) > 2 * calibrate.REHEARSED
