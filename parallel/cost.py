@@ -19,7 +19,7 @@ from parallel.split import split_layers
 class ModelShape:
     """What sizes depend on: tokens of a latent, rows of them and channels, and the width and depth of the model.
 
-    `front_bytes` are what the front of the VAE's decoder makes of a latent.
+    `front_bytes` are what the front of the VAE's decoder makes of a latent, `frame_bytes` the frames that come of it.
     """
 
     num_layers: int
@@ -30,6 +30,7 @@ class ModelShape:
     latent_bytes: int
     bytes_per_element: int
     front_bytes: int = 0
+    frame_bytes: int = 0
 
     @property
     def hidden_bytes(self) -> int:
@@ -116,13 +117,14 @@ def feeding_order(plan: Plan) -> list[int]:
 
 
 def decoding_order(plan: Plan, grid: Grid, start: int = 0) -> dict[int, list[int]]:
-    """Where the decoder is cut: the blocks whose front is computed just before a pass, and whose back just after it.
+    """Where the decoder is cut: the blocks whose back is computed just before a pass, and whose frames are taken just
+    after it.
 
-    It is the first pass through the front's process whose latents are taken after the block has left, so what it needs
+    It is the first pass through the back's process whose latents are taken after the block has left, so what it needs
     is there, and the head has what came of it by the end of that pass. Blocks that leave too late for any come at the
     end, which is counted as a pass, and those that had left before the pass `start` are not among them.
     """
-    order, lane = feeding_order(plan), grid.place(grid.front).lane
+    order, lane = feeding_order(plan), grid.place(grid.back).lane
     due: dict[int, list[int]] = {}
     waiting: deque[tuple[int, int]] = deque()
     for i, p in enumerate(plan.passes[start:], start):
@@ -136,24 +138,26 @@ def decoding_order(plan: Plan, grid: Grid, start: int = 0) -> dict[int, list[int
 def best_split(plan: Plan, grid: Grid, costs: Costs, shape: ModelShape) -> list[range]:
     """Layers of each stage such that the busiest stage has least to do; decoding counts.
 
-    Where the front of the decoder is that of the head's twin, which has the same layers, the head has more to do.
+    Where the back of the decoder is with the head's twin, which has the same layers, the busier of the two counts.
     """
     k = grid.num_bands
-    back = costs.decode - costs.front if grid.front else costs.decode
-    front = costs.front if grid.front and grid.num_lanes == 1 else 0.0
+    decoded = plan.num_latents - sum(plan.block_sizes[: plan.num_ready])
+    head = costs.turn * len(plan.passes) + (costs.front if grid.back else costs.decode) * decoded
+    elsewhere = (costs.decode - costs.front) * decoded if grid.back else 0.0
+    first, last = (elsewhere, head) if grid.num_lanes == 1 else (0.0, max(head, elsewhere))
     layer = sum(costs.layer(p, k) + costs.exchange(p, k, shape) for p in plan.passes) / grid.num_lanes
     through = sum(p.num_latents for p in plan.passes) / grid.num_lanes
-    decoded = plan.num_latents - sum(plan.block_sizes[: plan.num_ready])
-    return split_layers([layer] * shape.num_layers, grid.num_stages, first=costs.first * through / k + front * decoded,
-                        last=costs.last * through + costs.turn * len(plan.passes) + back * decoded)  # fmt: skip
+    return split_layers([layer] * shape.num_layers, grid.num_stages, first=costs.first * through / k + first,
+                        last=costs.last * through + last)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
     """What each process does when: `starts[rank, pass]` and `ends`, NaN where a pass does not go through it.
 
-    `decodes` are (start, end, block) on the head; of a decoder that is cut, of its back there, and `fronts` on the
-    process of its front. `sent` is bytes by rank, `message_time` what messages take within passes.
+    `decodes` are (start, end, block) on the head; of a decoder that is cut, of its front there, and `backs` on the
+    process of its back. `shown` is when the head has each block's frames, `sent` bytes by rank, `message_time` what
+    messages take within passes.
     """
 
     plan: Plan
@@ -161,19 +165,20 @@ class Timeline:
     starts: np.ndarray
     ends: np.ndarray
     decodes: tuple[tuple[float, float, int], ...]
-    fronts: tuple[tuple[float, float, int], ...]
+    backs: tuple[tuple[float, float, int], ...]
+    shown: tuple[float, ...]
     sent: tuple[int, ...]
     message_time: float
 
     @property
     def makespan(self) -> float:
         """From the start to the last decoded block."""
-        return max(float(np.nanmax(self.ends)), *(end for _, end, _ in self.decodes))
+        return max(float(np.nanmax(self.ends)), *self.shown)
 
     @property
     def first_block(self) -> float:
         """When the first block is decoded."""
-        return self.decodes[0][1]
+        return self.shown[0]
 
     @property
     def pass_time(self) -> float:
@@ -183,17 +188,17 @@ class Timeline:
     @property
     def decode_time(self) -> float:
         """Time of all decoding, on all processes."""
-        return sum(end - start for start, end, _ in self.decodes + self.fronts)
+        return sum(end - start for start, end, _ in self.decodes + self.backs)
 
     def decoding(self, rank: int) -> tuple[tuple[float, float, int], ...]:
         """When a process decodes what."""
-        return (self.decodes if rank == 0 else ()) + (self.fronts if rank == self.grid.front else ())
+        return (self.decodes if rank == 0 else ()) + (self.backs if rank == self.grid.back else ())
 
     @property
     def idle(self) -> tuple[float, ...]:
         """Share of the makespan in which each process neither computes a pass nor decodes, as in `pipelines.trace`."""
         busy = np.nansum(self.ends - self.starts, axis=1)
-        for rank in {0, self.grid.front}:
+        for rank in {0, self.grid.back}:
             busy[rank] += sum(end - start for start, end, _ in self.decoding(rank))
         return tuple(float(1 - x / self.makespan) for x in busy)
 
@@ -208,8 +213,8 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
 
     A process takes its passes in order, each when its input is there; messages overlap work. The head feeds a pass once
     `feeding_order` allows, takes the answers of all passes in order, and decodes what leaves before it goes on, or the
-    back of it as `decoding_order` says. The bands of a stage go in step, since they exchange in every layer; their
-    messages are parts of a whole one.
+    front of it, and takes the frames as `decoding_order` says. The bands of a stage go in step, since they exchange in
+    every layer; their messages are parts of a whole one.
     """
     num_stages, num_lanes, order, k = grid.num_stages, grid.num_lanes, feeding_order(plan), grid.num_bands
     depth = np.array([len(part) for part in layers], float)
@@ -218,33 +223,38 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
     ranks = [[[grid.rank(lane, stage, band) for band in range(k)] for stage in range(num_stages)]
              for lane in range(num_lanes)]  # fmt: skip
     free = np.zeros((num_lanes, num_stages))
-    sent, decodes, fronts = np.zeros(grid.world_size), [], []
-    due = decoding_order(plan, grid) if grid.front else {}
-    place = grid.place(grid.front)
+    sent, decodes, backs, shown = np.zeros(grid.world_size), [], [], []
+    due = decoding_order(plan, grid) if grid.back else {}
+    place = grid.place(grid.back)
     left: dict[int, float] = {}
     message_time = 0.0
 
-    def compute_front(block: int) -> None:
+    def compute_back(block: int) -> None:
         size, own = plan.block_sizes[block], (place.lane or 0, place.stage)
-        start = max(free[own], left[block] + costs.hop(size * shape.latent_bytes))
-        free[own] = start + costs.front * size + 2 * costs.message
-        fronts.append((start, free[own], block))
-        sent[0] += size * shape.latent_bytes
-        sent[grid.front] += size * shape.front_bytes
+        start = max(free[own], left[block] + costs.hop(size * shape.front_bytes))
+        free[own] = start + (costs.decode - costs.front) * size + 2 * costs.message
+        backs.append((start, free[own], block))
+        sent[0] += size * shape.front_bytes
+        sent[grid.back] += size * shape.frame_bytes
 
-    def decode(block: int, start: float, time: float) -> float:
+    def decode(block: int, start: float) -> float:
+        time = costs.front if grid.back else costs.decode
         decodes.append((start, start + time * plan.block_sizes[block], block))
-        return decodes[-1][1]
+        if not grid.back:
+            shown.append(decodes[-1][1])
+            return shown[-1]
+        left[block] = decodes[-1][1] + costs.message
+        return left[block]
 
-    def compute_back(block: int, end: float, head: float) -> float:
-        there = end + costs.hop(plan.block_sizes[block] * shape.front_bytes)
-        return decode(block, max(head, there) + costs.message, costs.decode - costs.front)
+    def show(block: int, end: float, head: float) -> float:
+        shown.append(max(head, end + costs.hop(plan.block_sizes[block] * shape.frame_bytes)) + costs.message)
+        return shown[-1]
 
     complete, fed = np.zeros(len(plan.passes)), 0.0
     for i, p in enumerate(plan.passes):
         lane = p.lane if num_lanes > 1 else 0
         for block in due.get(i, ()):
-            compute_front(block)
+            compute_back(block)
         n = p.num_latents
         latents, hidden = n * shape.latent_bytes / k, n * shape.hidden_bytes / k
         fed = max(fed, complete[order[i]] if order[i] >= 0 else 0.0)
@@ -272,15 +282,15 @@ def simulate(plan: Plan, grid: Grid, layers: Sequence[range], costs: Costs, shap
         head = max(free[0, -1], answer) + costs.message * told + costs.turn
         complete[i] = head
         for block in p.emits:
-            head = left[block] = head + costs.message if grid.front else decode(block, head, costs.decode)
-        for _, end, block in fronts[len(fronts) - len(due.get(i, ())) :]:
-            head = compute_back(block, end, head)
+            head = decode(block, head)
+        for _, end, block in backs[len(backs) - len(due.get(i, ())) :]:
+            head = show(block, end, head)
         free[0, -1] = head
     for block in due.get(len(plan.passes), ()):
-        compute_front(block)
-        head = compute_back(block, fronts[-1][1], head)
-    return Timeline(plan=plan, grid=grid, starts=starts, ends=ends, decodes=tuple(decodes), fronts=tuple(fronts),
-                    sent=tuple(map(int, sent)), message_time=float(message_time))  # fmt: skip
+        compute_back(block)
+        head = show(block, backs[-1][1], head)
+    return Timeline(plan=plan, grid=grid, starts=starts, ends=ends, decodes=tuple(decodes), backs=tuple(backs),
+                    shown=tuple(shown), sent=tuple(map(int, sent)), message_time=float(message_time))  # fmt: skip
 
 
 def peak_features(plan: Plan) -> int:

@@ -1,19 +1,21 @@
-"""The VAE's decoder cut in two: its front on the process that the grid names, its back on the head.
+"""The VAE's decoder cut in two: its front on the head, its back on the process that the grid names.
 
-Which block is decoded between which passes follows from the plan (`parallel.cost.decoding_order`), so both ends know
-what comes next, and neither waits for the other there. The pixels are those of `longvid.models.vae.VAE.decode`, to the
-bit. Blocks that are there before the first pass (an image, the end of a video, what had left before a run was cut) are
-decoded before it, one by one.
+The head computes the front of a block as it leaves. Before which pass its back is computed elsewhere follows from the
+plan (`parallel.cost.decoding_order`), so both ends know what comes next, and neither waits for the other there. The
+frames are those of `longvid.models.vae.VAE.decode`, to the bit. Blocks that are there before the first pass (an image,
+the end of a video, what had left before a run was cut) are decoded before it, one by one.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
+from longvid.frames import to_frames
 from longvid.models.vae import VAE, VAEState
 from longvid.plan import Plan
-from longvid.types import Latents, Video
+from longvid.types import Latents
 from parallel.cost import decoding_order, feeding_order
 from parallel.execute import Stage
 from parallel.link import Message
@@ -37,15 +39,19 @@ class _Part:
         self.states: dict[int, VAEState] = {}
         self.source.expect(self._messages())
 
-    def _blocks(self) -> Iterator[int]:
-        """All blocks, in the order in which they are decoded."""
-        return (block for i in sorted(self.due) for block in self.due[i])
+    def _features_of(self, block: int, *, is_start: bool) -> list[Message]:
+        """What the front hands on of a block, piece by piece."""
+        shapes, dtype = self.vae.features_of((1, self.size[0], self.plan.block_sizes[block], *self.size[1:]),
+                                             is_start=is_start)  # fmt: skip
+        return [(shape, dtype) for shape in shapes]
 
-    def _video(self, block: int) -> int:
-        return self.plan.address(block)[0]
-
-    def _latents_of(self, block: int) -> tuple[int, ...]:
-        return 1, self.size[0], self.plan.block_sizes[block], *self.size[1:]
+    def _all_features(self) -> Iterator[list[Message]]:
+        """The same of every block, in the order in which they are decoded."""
+        met: set[int] = set()
+        for block in (block for i in sorted(self.due) for block in self.due[i]):
+            video = self.plan.address(block)[0]
+            yield self._features_of(block, is_start=video not in met)
+            met.add(video)
 
     def _messages(self) -> Iterator[Message]:
         """What comes from the other part."""
@@ -53,7 +59,34 @@ class _Part:
 
 
 class Front(_Part):
-    """The front: latents come, features go. `during` is entered for what it computes of a block."""
+    """The front, on the head: a block is put as it leaves, its frames taken when `parallel.execute.carry_out` says."""
+
+    def __init__(self, vae: VAE, stage: Stage, plan: Plan, start: int, size: tuple[int, int, int]):
+        super().__init__(vae, stage, plan, start, size)
+        self.due_at = {block: i for i, blocks in self.due.items() for block in blocks}
+        self.left_at = dict.fromkeys(self.due[BEFORE], BEFORE)
+        self.left_at |= {block: i for i, p in enumerate(plan.passes[start:], start) for block in p.emits}
+
+    def put(self, block: int, latents: Latents) -> None:
+        """Compute the front of a block that has left, and hand on what comes of it."""
+        video = self.plan.address(block)[0]
+        for features, state in self.vae.decode_front(latents, self.states.get(video)):
+            self.target.send(features, self.due_at[block], self.left_at[block])
+            self.states[video] = state
+
+    def take(self, block: int) -> Tensor:
+        """Its frames, uint8 (n, height, width, 3)."""
+        return self.source.receive()
+
+    def _messages(self) -> Iterator[Message]:
+        for features in self._all_features():
+            num_frames, (_, _, height, width, _) = sum(shape[1] for shape, _ in features), features[0][0]
+            patch = self.vae.config.patch_size or 1
+            yield (num_frames, height * patch, width * patch, 3), torch.uint8
+
+
+class Back(_Part):
+    """The back: features come, frames go. `during` is entered for what it computes of a block."""
 
     def __init__(
         self,
@@ -71,61 +104,32 @@ class Front(_Part):
         """What is due before the pass `i`; after the last that is what is left."""
         index, arrived = (i, i) if i == BEFORE else (i + 1, self.order[i])
         for block in self.due.get(i, ()):
-            latents, video = self.source.receive(), self._video(block)
+            video = self.plan.address(block)[0]
+            come = self._features_of(block, is_start=video not in self.states)
+            features = [self.source.receive() for _ in come]
             with self.during(block):
-                for piece in self.vae.decode_front(latents, self.states.get(video)):
-                    features, self.states[video] = piece
-                    self.target.send(features, index, arrived)
+                pixels, self.states[video] = self.vae.decode_back(features, self.states.get(video))
+                frames = to_frames(pixels)[0]
+            self.target.send(frames, index, arrived)
 
     def _messages(self) -> Iterator[Message]:
-        return ((self._latents_of(block), torch.float32) for block in self._blocks())
-
-
-class Back(_Part):
-    """The back, on the head: latents are put, pixels taken as soon as `parallel.execute.carry_out` says."""
-
-    def __init__(self, vae: VAE, stage: Stage, plan: Plan, start: int, size: tuple[int, int, int]):
-        super().__init__(vae, stage, plan, start, size)
-        self.due_at = {block: i for i, blocks in self.due.items() for block in blocks}
-        self.left_at = dict.fromkeys(self.due[BEFORE], BEFORE)
-        self.left_at |= {block: i for i, p in enumerate(plan.passes[start:], start) for block in p.emits}
-
-    def put(self, block: int, latents: Latents) -> None:
-        """Send a block that has left."""
-        self.target.send(latents.float(), self.due_at[block], self.left_at[block])
-
-    def take(self, block: int) -> Video:
-        """Its pixels, float32 in [-1, 1]."""
-        video = self._video(block)
-        features = (self.source.receive() for _ in self._features_of(block, is_start=video not in self.states))
-        pixels, self.states[video] = self.vae.decode_back(features, self.states.get(video))
-        return pixels
-
-    def _features_of(self, block: int, *, is_start: bool) -> list[Message]:
-        shapes, dtype = self.vae.features_of(self._latents_of(block), is_start=is_start)
-        return [(shape, dtype) for shape in shapes]
-
-    def _messages(self) -> Iterator[Message]:
-        met: set[int] = set()
-        for block in self._blocks():
-            yield from self._features_of(block, is_start=self._video(block) not in met)
-            met.add(self._video(block))
+        return (piece for features in self._all_features() for piece in features)
 
 
 class Whole:
-    """The decoder on one process, with the same verbs."""
+    """The decoder on one process, with the verbs of `Front`."""
 
     def __init__(self, vae: VAE, plan: Plan):
         self.vae, self.plan = vae, plan
-        self.latents: dict[int, Latents] = {}
+        self.frames: dict[int, Tensor] = {}
         self.states: dict[int, VAEState] = {}
 
     def put(self, block: int, latents: Latents) -> None:
-        """Hold a block that has left."""
-        self.latents[block] = latents
-
-    def take(self, block: int) -> Video:
-        """Its pixels, float32 in [-1, 1]."""
+        """Decode a block that has left."""
         video = self.plan.address(block)[0]
-        pixels, self.states[video] = self.vae.decode(self.latents.pop(block), self.states.get(video))
-        return pixels
+        pixels, self.states[video] = self.vae.decode(latents, self.states.get(video))
+        self.frames[block] = to_frames(pixels)[0]
+
+    def take(self, block: int) -> Tensor:
+        """Its frames, uint8 (n, height, width, 3)."""
+        return self.frames.pop(block)

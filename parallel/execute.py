@@ -132,7 +132,7 @@ def make_stage(grid: Grid, layers: Sequence[range], num_rows: int, device: torch
 
 def _decoding(grid: Grid, rank: int, device: torch.device) -> tuple[Receiver, Sender] | None:
     """The links of a part of the decoder with the other."""
-    edges = [(0, grid.front), (grid.front, 0)] if grid.front else []
+    edges = [(0, grid.back), (grid.back, 0)] if grid.back else []
     senders, receivers = _links(edges, rank, device)
     return (*receivers.values(), *senders.values()) if senders else None
 
@@ -226,7 +226,7 @@ def carry_out(
     during: Callable[[Pass], AbstractContextManager] = lambda p: nullcontext(),
     start: Point | None = None,
     reached: Callable[[Point], None] = lambda point: None,
-    decode_front: Callable[[int], None] = lambda i: None,
+    decode_back: Callable[[int], None] = lambda i: None,
 ) -> Iterator[tuple[int, Latents | None]]:
     """Yield (block, clean latents) oldest first on the head; nothing, after as many passes, on the others.
 
@@ -235,8 +235,8 @@ def carry_out(
     own cache, and the queue is on the head. `observe` is called after each pass that goes through this part, and on the
     head after all; `during` is entered for what this part computes of a pass. Raises as `sample` does.
 
-    Where the grid cuts the decoder, `decode_front` is called with the index of each pass before it is computed, and
-    last with their number, and (block, None) on the head says that the block's front has been decoded.
+    Where the grid cuts the decoder, `decode_back` is called with the index of each pass before it is computed, and last
+    with their number, and (block, None) on the head says that the block's frames come by then.
     """
     device = next(part.parameters()).device
     if start is None:
@@ -245,11 +245,11 @@ def carry_out(
     _expect(plan, part, stage, size, start.done)
     cache, queue, order = start.cache, start.queue, feeding_order(plan)
     head = _Head(plan, queue, stage, start.done) if queue else None
-    due = decoding_order(plan, stage.grid, start.done) if stage.grid.front else {}
+    due = decoding_order(plan, stage.grid, start.done) if stage.grid.back else {}
     for i, p in enumerate(plan.passes[start.done :], start.done):
         if stage.runs(p):
             x = stage.source.receive()
-            decode_front(i)
+            decode_back(i)
             with during(p):
                 context = cache.context(p)
                 y, features = part(x, timesteps_of(p, device), text(p), context, fps=fps, keep=bool(p.writes),
@@ -264,7 +264,7 @@ def carry_out(
             yield from ((block, None) for block in due.get(i, ()))
         if p.emits:
             reached(Point(done=i + 1, cache=cache, queue=queue))
-    decode_front(len(plan.passes))
+    decode_back(len(plan.passes))
     if head:
         yield from ((block, None) for block in due.get(len(plan.passes), ()))
     for link in stage.outgoing:

@@ -24,7 +24,7 @@ class Grid:
 
     Rank 0, on the first machine, is the head: the last stage of lane 0, first band, which holds latents, noise and
     solver state, decodes, and writes files. The bands of a stage are neighbours, since they exchange most. The VAE's
-    decoder may be cut, too: then another process computes its front.
+    decoder may be cut, too: then another process computes its back.
     """
 
     num_stages: int
@@ -38,8 +38,8 @@ class Grid:
         return self.num_stages * self.num_bands * self.num_lanes
 
     @property
-    def front(self) -> int:
-        """The process that computes the decoder's front: the head, unless it is cut, and then the head's twin for the
+    def back(self) -> int:
+        """The process that computes the decoder's back: the head, unless it is cut, and then the head's twin for the
         other lane, or the first stage."""
         if not self.cuts_decoder:
             return 0
@@ -128,7 +128,7 @@ def possible_grids(num_processes: int, limits: Limits, asked: Degrees, *, may_cu
     ]  # fmt: skip
     if not found:
         raise ValueError(_why_none(num_processes, limits, asked, lanes, bands))
-    able = [cut for cut in (replace(grid, cuts_decoder=True) for grid in found) if cut.front]
+    able = [cut for cut in (replace(grid, cuts_decoder=True) for grid in found) if cut.back]
     if asked.cuts_decoder and not able:
         raise ValueError("parallel_vae cuts the decoder between the head and another stage or lane, and there is none; "
                          "use --nproc 2 or more, or leave it out")  # fmt: skip

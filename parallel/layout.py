@@ -30,8 +30,8 @@ class Layout:
         grid, idle = self.grid, 100 * self.planned.mean_idle
         bands = f" of {grid.num_bands} processes that share its heads" if grid.num_bands > 1 else ""
         lanes = f" for each of {grid.num_lanes} lanes of guidance" if grid.num_lanes > 1 else ""
-        front = f", the decoder's front on process {grid.front}" if grid.front else ""
-        return f"{grid.num_stages} stages{bands}{lanes}, layers {stages}{front}; idle {idle:.0f} %"
+        back = f", the decoder's back on process {grid.back}" if grid.back else ""
+        return f"{grid.num_stages} stages{bands}{lanes}, layers {stages}{back}; idle {idle:.0f} %"
 
 
 def fastest(plan: Plan, grids: list[Grid], costs: Costs, shape: ModelShape) -> Layout:

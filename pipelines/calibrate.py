@@ -47,7 +47,7 @@ def shape_of(run: Run) -> ModelShape:
         tokens_per_latent=(height // patch[1]) * (width // patch[2]),
         latent_bytes=4 * config["in_channels"] * height * width, bytes_per_element=2 if run.dtype == "bfloat16" else 4,
         front_bytes=vae.temporal_factor * vae.front_channels * run.height * run.width // (vae.patch_size or 1) ** 2
-        * (2 if run.vae_dtype == "bfloat16" else 4),
+        * (2 if run.vae_dtype == "bfloat16" else 4), frame_bytes=vae.temporal_factor * 3 * run.height * run.width,
     )  # fmt: skip
 
 

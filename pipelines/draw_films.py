@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longvid import worlds
 from longvid.captions import caption
+from longvid.frames import to_video
 from longvid.models.vae import VAE
 from longvid.types import Latents
 from pipelines.film_latents import BLOCK, RUN, SINK, WARM_UP, FilmSet, film_at, is_whole
@@ -72,7 +73,7 @@ def encode_drawn(vae: VAE, frames: Tensor, *, is_cut: bool) -> Latents:
 
     Of films with a gap the first frame is the sink's, and the run's follow, `WARM_UP` latents before it.
     """
-    video = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    video = to_video(frames)
     with torch.autocast(frames.device.type, torch.bfloat16):
         if not is_cut:
             return vae.encode(video)[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longvid import worlds
 from longvid.captions import caption
+from longvid.frames import to_video
 from longvid.models.vae import VAE
 from longvid.types import Video
 
@@ -106,7 +107,7 @@ def _encoded(vae: VAE, videos: list[tuple[int, Tensor]]) -> Iterator[tuple[int, 
 def _frames(world: worlds.World, first: int, count: int) -> Video:
     """Pixels of latents `first` to `first + count`. The encoder needs a few before it forgets where it began."""
     frames = worlds.draw(world, 4 * (count - 1) + 1, start=4 * first)
-    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    return to_video(torch.from_numpy(frames)[None])
 
 
 def make_shard(path: Path, vae: VAE, seed: int, indices: range, num_latents: int) -> None:

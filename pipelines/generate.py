@@ -8,9 +8,9 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from einops import rearrange
 
 from longvid.checkpoints.diffusers_folder import load_dit, load_vae, open_folder, stored_bytes
+from longvid.frames import to_frames, to_video
 from longvid.media import read_image
 from longvid.models.dit import DiT, TextFeatures
 from longvid.models.packed import pack
@@ -19,7 +19,7 @@ from longvid.models.vae import VAE, VAEConfig, VAEState
 from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import noise_of, sample
-from longvid.types import Latents, Text, Video
+from longvid.types import Latents, Text
 from parallel.decode import BEFORE, Back, Front, Whole
 from parallel.execute import Stage, carry_out, from_all
 from parallel.snapshot import part_of
@@ -60,12 +60,12 @@ class Models:
     """The networks of a run. Text is encoded already and its encoder gone: `text` gives that of a (video, lane).
 
     `latent_size` is channels, height and width, `bytes_read` of the weights' files. With a stage the DiT is its part;
-    the VAE, and with it all frames, are on the head alone, `vae_front` where the grid has the decoder's front.
+    the VAE, and with it all frames, are on the head alone, `vae_back` where the grid has the decoder's back.
     """
 
     dit: DiT
     vae: VAE | None
-    vae_front: VAE | None
+    vae_back: VAE | None
     text: Callable[[int, int], TextFeatures]
     latent_size: tuple[int, int, int]
     bytes_read: int
@@ -81,20 +81,20 @@ def load_models(run: Run, stage: Stage | None = None, texts: tuple[Text, ...] = 
     states = texts or encode_prompts(run)
     dit = load_dit(folder, getattr(torch, run.dtype), run.device, stage.layers if stage else None).eval()
     vae = vae_of(run) if stage is None or stage.is_head else None
-    vae_front = vae_of(run, front_alone=True) if stage and stage.decoding and not stage.is_head else None
+    vae_back = vae_of(run, back_alone=True) if stage and stage.decoding and not stage.is_head else None
     features = lru_cache(TEXTS_KEPT)(torch.no_grad()(lambda which: dit.text_features(states[which].to(run.device))))
     text = lambda video, lane: features(-1 if lane else video)  # noqa: E731
     factor = VAEConfig.from_dict(folder.vae).spatial_factor
     size = (dit.config.in_channels, run.height // factor, run.width // factor)
     read = stored_bytes(folder, "transformer", dit)
-    read += sum(stored_bytes(folder, "vae", part) for part in (vae, vae_front) if part)
-    return Models(dit=pack(dit), vae=vae, vae_front=vae_front, text=text, latent_size=size, bytes_read=read,
+    read += sum(stored_bytes(folder, "vae", part) for part in (vae, vae_back) if part)
+    return Models(dit=pack(dit), vae=vae, vae_back=vae_back, text=text, latent_size=size, bytes_read=read,
                   stage=stage)  # fmt: skip
 
 
-def vae_of(run: Run, *, front_alone: bool = False) -> VAE:
+def vae_of(run: Run, *, back_alone: bool = False) -> VAE:
     """The folder's VAE: what it encodes in float32, since latents depend on it, what it decodes in the run's dtype."""
-    vae = load_vae(open_folder(run.model), torch.float32, run.device, front_alone=front_alone)
+    vae = load_vae(open_folder(run.model), torch.float32, run.device, back_alone=back_alone)
     return vae.decoding_in(getattr(torch, run.vae_dtype)).eval()
 
 
@@ -156,11 +156,11 @@ def roll(
     blocks = partial(_blocks, run, plan, models, ready, observer, keeping)
     if models.vae:
         yield from _head_frames(blocks, plan, models, ready, observer, keeping, shows_ready=shows_ready)
-    elif models.vae_front:
+    elif models.vae_back:
         during = lambda block: observer.span("decode", block=block)  # noqa: E731
-        front = Front(models.vae_front, models.stage, plan, begin, models.latent_size, during)
-        front.compute(BEFORE)
-        assert not list(blocks(front.compute))
+        back = Back(models.vae_back, models.stage, plan, begin, models.latent_size, during)
+        back.compute(BEFORE)
+        assert not list(blocks(back.compute))
     else:
         assert not list(blocks())
     spans = observer.trace.spans if observer.trace else []
@@ -172,11 +172,11 @@ def _head_frames(
     blocks: Callable[[], Iterator[tuple[int, Latents | None]]], plan: Plan, models: Models, ready: list[Latents],
     observer: Observer, keeping: Keeping | None, *, shows_ready: bool,
 ) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
-    """What `roll` yields on the process that has the VAE; where it is cut, another computes the decoder's front."""
+    """What `roll` yields on the process that has the VAE; where it is cut, another computes the decoder's back."""
     cut = models.stage is not None and models.stage.decoding is not None
     begin = keeping.start if keeping else 0
-    decoder = Back(models.vae, models.stage, plan, begin, models.latent_size) if cut else Whole(models.vae, plan)
-    shown = lambda block: (plan.address(block)[0], to_frames(decoder.take(block))[0])  # noqa: E731
+    decoder = Front(models.vae, models.stage, plan, begin, models.latent_size) if cut else Whole(models.vae, plan)
+    shown = lambda block: (plan.address(block)[0], decoder.take(block).cpu().numpy())  # noqa: E731
     for block, latents in enumerate(ready):
         decoder.put(block, latents)
         frames = shown(block)
@@ -193,11 +193,10 @@ def _head_frames(
                 observer.left(block, latents)
                 if keeping:
                     keeping.folder.keep(block, latents)
-            decoder.put(block, latents)
-        if latents is None or not cut:
             with observer.span("decode", block=block):
-                frames = shown(block)
-            yield frames
+                decoder.put(block, latents)
+        if latents is None or not cut:
+            yield shown(block)
 
 
 def _usage(run: Run, models: Models, seconds: float) -> list[Usage]:
@@ -214,7 +213,7 @@ def _usage(run: Run, models: Models, seconds: float) -> list[Usage]:
 
 def _blocks(
     run: Run, plan: Plan, models: Models, ready: list[Latents], observer: Observer, keeping: Keeping | None,
-    decode_front: Callable[[int], None] = lambda i: None,
+    decode_back: Callable[[int], None] = lambda i: None,
 ) -> Iterator[tuple[int, Latents | None]]:  # fmt: skip
     size, stage = models.latent_size, models.stage
     noise = noise_of(plan, run.seed, *size)
@@ -229,25 +228,18 @@ def _blocks(
         common["reached"] = keeping.reached(plan, part, observer.span)
     if models.stage is None:
         return sample(plan, models.dit, text, noise, **common)
-    return carry_out(plan, models.dit, models.stage, text, noise, size, decode_front=decode_front, **common)
+    return carry_out(plan, models.dit, models.stage, text, noise, size, decode_back=decode_back, **common)
 
 
 @torch.no_grad()
 def decode(vae: VAE, latents: Latents, state: VAEState | None) -> tuple[np.ndarray, VAEState]:
     """Frames uint8 (n, height, width, 3) of the next latents of a stream, and the stream's state."""
     video, state = vae.decode(latents, state)
-    return to_frames(video)[0], state
-
-
-def to_frames(videos: Video) -> np.ndarray:
-    """Frames uint8 (b, n, height, width, 3) of videos (b, 3, n, height, width) in [-1, 1]."""
-    pixels = ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return rearrange(pixels, "b c t H W -> b t H W c").cpu().numpy()
+    return to_frames(video)[0].cpu().numpy(), state
 
 
 @torch.no_grad()
 def encode_frames(vae: VAE, frames: np.ndarray) -> Latents:
     """Latents of 4n + 1 frames uint8 (t, height, width, 3), as a video that starts with them."""
     device = next(vae.parameters()).device
-    video: Video = rearrange(torch.from_numpy(frames.copy()), "t H W c -> 1 c t H W").to(device).float() / 127.5 - 1
-    return vae.encode(video)[0]
+    return vae.encode(to_video(torch.from_numpy(frames.copy())[None].to(device)))[0]

@@ -17,6 +17,7 @@ from torch import Tensor
 from longvid.adherence import judge, scene_of
 from longvid.captions import caption
 from longvid.flow import add_noise, velocity_target
+from longvid.frames import to_frames
 from longvid.method import Method
 from longvid.models.dit import DiT
 from longvid.models.text import TextEncoder
@@ -27,7 +28,6 @@ from longvid.sampler import sample
 from longvid.types import Latents
 from longvid.worlds import World, sample_world
 from pipelines.draw_films import SIDE
-from pipelines.generate import to_frames
 from pipelines.resident_films import picture_levels, read
 from pipelines.train_dit import COPIES, Batch, DiTTraining, Teacher, velocity_of
 
@@ -118,7 +118,7 @@ class GradedPictures:
     def _frames(self) -> np.ndarray:
         """What the pictures look like: uint8 (pictures, height, width, 3)."""
         some = (self.vae.decode(latents)[0] for latents in self.latents.split(DECODED_AT_ONCE))
-        return np.concatenate([to_frames(videos)[:, 0] for videos in some])
+        return np.concatenate([to_frames(videos)[:, 0].cpu().numpy() for videos in some])
 
 
 def grade(frame: np.ndarray, world: World) -> float:

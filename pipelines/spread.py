@@ -129,7 +129,7 @@ def layout_record(layout: Layout | None, run: Run) -> dict:
     """A layout as JSON holds it; None is one process."""
     grid, layers = (layout.grid, layout.layers) if layout else (Grid(num_stages=1), [range(limits_of(run).num_layers)])
     return {"stages": grid.num_stages, "sequence": grid.num_bands, "lanes": grid.num_lanes,
-            "decoder_front": grid.front, "layers": [[part.start, part.stop] for part in layers]}  # fmt: skip
+            "decoder_back": grid.back, "layers": [[part.start, part.stop] for part in layers]}  # fmt: skip
 
 
 def grids_that_fit(grids: list[Grid], run: Run, plan: Plan, available: int) -> list[Grid]:
@@ -141,7 +141,7 @@ def grids_that_fit(grids: list[Grid], run: Run, plan: Plan, available: int) -> l
     vae = 4 * num_elements(folder, "vae")
     for grid in grids:
         layers = split_layers([1.0] * shape.num_layers, grid.num_stages)
-        parts_of = [parts | ({"VAE": vae} if rank in (0, grid.front) else {})
+        parts_of = [parts | ({"VAE": vae} if rank in (0, grid.back) else {})
                     for rank, parts in enumerate(memory(plan, grid, layers, shape))]  # fmt: skip
         needed.append(max(parts_of, key=lambda parts: sum(parts.values())))
     encoder = {"text encoder": shape.bytes_per_element * num_elements(folder, "text_encoder")}

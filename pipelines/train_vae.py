@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longvid import worlds
+from longvid.frames import to_video
 from longvid.models.vae import VAE, VAEConfig
 from longvid.types import Video
 from pipelines.optimise import Check, Engine, LoopConfig, alone, optimise
@@ -50,7 +51,7 @@ def film_crops(rng: np.random.Generator, count: int, num_frames: int, crop: int)
         film = worlds.draw(worlds.sample_world(rng), num_frames, start=int(rng.integers(0, 2000)))
         y, x = rng.integers(0, film.shape[1] - crop + 1), rng.integers(0, film.shape[2] - crop + 1)
         clips[i] = film[:, y : y + crop, x : x + crop]
-    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return to_video(torch.from_numpy(clips))
 
 
 def vae_loss(

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longvid.frames import to_video
 from longvid.media import count_frames, probe_video
 from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE
@@ -72,7 +73,7 @@ def encode_video(vae: VAE, text: TextEncoder, video: CaptionedVideo, config: Cli
     starts = [0] if available == num_frames else [int(start) for start in starts]
     frames = read_clips(video.path, starts, num_frames, height=height, width=width, fps=config.fps)
     device = next(vae.parameters()).device
-    pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).to(device).float() / 127.5 - 1
+    pixels = to_video(torch.from_numpy(frames).to(device))
     with torch.autocast(device.type, torch.bfloat16):
         latents, _ = vae.encode(pixels)
     aside = file.with_suffix(".part")

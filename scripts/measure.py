@@ -84,13 +84,14 @@ def vae(folder: Path) -> None:
     from diffusers import AutoencoderKLWan
 
     from longvid.checkpoints.diffusers_folder import load_vae, open_folder
+    from longvid.frames import to_video
     from longvid.worlds import draw, sample_world
     from pipelines.configure import BASE, choose_vae_dtype
 
     ours = load_vae(open_folder(BASE), torch.float32).eval()
     dtype = choose_vae_dtype("cpu", None)
     default = load_vae(open_folder(BASE), torch.float32).decoding_in(getattr(torch, dtype)).eval()
-    film = torch.from_numpy(draw(sample_world(np.random.default_rng(0)), 81)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    film = to_video(torch.from_numpy(draw(sample_world(np.random.default_rng(0)), 81))[None])
     theirs = AutoencoderKLWan.from_pretrained(BASE / "vae", torch_dtype=torch.float32).eval()
     z = torch.randn(1, ours.config.z_dim, 13, 16, 16, generator=torch.Generator().manual_seed(0))
     shape = [1, -1, 1, 1, 1]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from longvid.checkpoints.diffusers_folder import Folder, load_dit, load_vae, open_folder, save_folder, scheduler_config
+from longvid.frames import to_video
 from longvid.models.dit import DiT
 from longvid.models.text import TextEncoder
 from longvid.models.vae import VAE
@@ -71,7 +72,7 @@ def train_decoder(options: argparse.Namespace, vae: VAE) -> None:
         past = int(rng.choice(config.pasts))
         chosen = torch.from_numpy(rng.integers(0, len(frames), max(1, round(options.scale * DECODED_AT_ONCE))))
         count = past + config.num_latents
-        video = frames[chosen.to(device), : 4 * (count - 1) + 1].permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        video = to_video(frames[chosen.to(device), : 4 * (count - 1) + 1])
         return decoder_loss(vae, video, past, config, latents=latents[chosen.to(device), :, :count])["loss"]
 
     torch.backends.cudnn.benchmark = True

@@ -99,17 +99,17 @@ def load_dit(
 
 
 def load_vae(
-    folder: Folder, dtype: torch.dtype, device: torch.device | str = "cpu", *, front_alone: bool = False
+    folder: Folder, dtype: torch.dtype, device: torch.device | str = "cpu", *, back_alone: bool = False
 ) -> VAE:
-    """The VAE, all of it in `dtype`, or its decoder's front alone; only that is read from disk.
+    """The VAE, all of it in `dtype`, or its decoder's back alone; only that is read from disk.
 
     Raises ValueError as `load_dit` does.
     """
     with torch.device("meta"):
         vae = VAE(VAEConfig.from_dict(folder.vae))
     whole = set(vae.state_dict())
-    if front_alone:
-        vae = vae.front_alone()
+    if back_alone:
+        vae = vae.back_alone()
     tensors = open_tensors(folder.path / "vae", STEMS["vae"])
     load_into(vae, tensors, dtype=dtype, device=device, allow_surplus=lambda name: name in whole)
     return vae

@@ -258,10 +258,12 @@ class VAE(nn.Module):
         self.decoder.to(dtype)
         return self
 
-    def front_alone(self) -> "VAE":
-        """This VAE with no more than `decode_front` needs."""
-        self.encoder = self.quant_conv = self.decoder.norm_out = self.decoder.conv_out = None
-        self.decoder.up_blocks[-1] = nn.Identity()
+    def back_alone(self) -> "VAE":
+        """This VAE with no more than `decode_back` needs."""
+        self.encoder = self.quant_conv = self.post_quant_conv = nn.Identity()
+        self.decoder.conv_in = self.decoder.mid_block = nn.Identity()
+        for i in range(len(self.decoder.up_blocks) - 1):
+            self.decoder.up_blocks[i] = nn.Identity()
         return self
 
     @torch.no_grad()
@@ -307,12 +309,12 @@ class VAE(nn.Module):
 
     def features_of(self, size: tuple[int, ...], *, is_start: bool) -> tuple[list[tuple[int, ...]], torch.dtype]:
         """Shapes and dtype of what `decode_front` gives of latents of that size, (b, z_dim, f, h, w)."""
-        like = self.decoder.conv_in.weight.new_empty(size)
+        like = self.decoder.conv_out.weight.new_empty(size)
         pieces = [piece.shape[1] for piece in self._pieces(like, is_start=is_start)]
         frames = [1 if is_start and i == 0 else TEMPORAL_FACTOR * piece for i, piece in enumerate(pieces)]
         scale = 2 ** (len(self.config.dim_mult) - 1)
         shapes = [(size[0], num, scale * size[3], scale * size[4], self.config.front_channels) for num in frames]
-        return shapes, self.decoder.conv_in.weight.dtype
+        return shapes, self.decoder.conv_out.weight.dtype
 
     @torch.no_grad()
     def encode(self, video: Video, state: VAEState | None = None) -> tuple[Latents, VAEState]:
@@ -359,7 +361,7 @@ class VAE(nn.Module):
             ValueError: the latents do not have `z_dim` channels, or there are none.
         """
         self._check_channels(z, "latents", self.config.z_dim)
-        x = rearrange(z, "b c f h w -> b f h w c").to(self.decoder.conv_in.weight.dtype)
+        x = rearrange(z, "b c f h w -> b f h w c").to(self.decoder.conv_out.weight.dtype)
         state = state and VAEState(state.past, {})  # no gradient goes through kernels that were prepared before
         stream = Stream(state, keep=False)
         return self._back(self._front(x, stream), stream).float()
@@ -385,7 +387,7 @@ class VAE(nn.Module):
         """What is decoded at a time, `(b, f, h, w, z_dim)` as the decoder sees it; a video's first latent alone, since
         it has another number of frames."""
         self._check_channels(latents, "latents", self.config.z_dim)
-        z = self.denormalised(latents).to(self.decoder.conv_in.weight.dtype)
+        z = self.denormalised(latents).to(self.decoder.conv_out.weight.dtype)
         z = rearrange(z, "b c f h w -> b f h w c")
         first, rest = z.split([1, z.shape[1] - 1], 1) if is_start else (z[:, :0], z)
         pixels = len(z) * z.shape[2:4].numel() * self.config.spatial_factor**2 * TEMPORAL_FACTOR

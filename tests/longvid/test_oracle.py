@@ -12,6 +12,7 @@ from einops import rearrange
 import longvid
 from longvid.adherence import ASPECTS, judge, scene_of, shares
 from longvid.checkpoints.diffusers_folder import load_vae, open_folder
+from longvid.frames import to_frames, to_video
 from longvid.oracle import STILL, UNCLEAR, UNSEEN, WANDERS, read_film, seconds_of
 from longvid.worlds import MOTIONS, SHAPES, Thing, World, draw, sample_world
 
@@ -86,10 +87,9 @@ def test_films_that_went_through_the_embedded_vae_are_read_rightly():
     pairs, quality = [], []
     for world in worlds(32, seed=3):
         film = draw(world, 2 * FPS + 1, start=300)
-        video = rearrange(torch.from_numpy(film), "t h w c -> 1 c t h w").float() / 127.5 - 1
-        seen = vae.decode(vae.encode(video)[0])[0][0]
-        seen = ((seen + 1) * 127.5).round().clamp(0, 255).byte()
-        pairs.append((world, rearrange(seen, "c t h w -> t h w c").numpy()))
+        video = to_video(torch.from_numpy(film)[None])
+        seen = to_frames(vae.decode(vae.encode(video)[0])[0])[0]
+        pairs.append((world, seen.numpy()))
         quality.append(psnr(film, pairs[-1][1]))
         if len(quality) == 8 and np.mean(quality) < 30:
             break

@@ -25,7 +25,7 @@ from tests.longvid.test_cache import BYTES_PER_LATENT, walk
 
 SHAPE = ModelShape(
     num_layers=40, dim=64, ffn_dim=128, num_rows=4, tokens_per_latent=24, latent_bytes=500, bytes_per_element=4,
-    front_bytes=9000
+    front_bytes=9000, frame_bytes=3000
 )  # fmt: skip
 FEW_LAYERS = replace(SHAPE, num_layers=2)
 
@@ -44,22 +44,22 @@ def played(plan, grid, layers, costs, k):  # noqa: C901
     A thing is done as soon as all that it waits for has come; nothing here knows what the simulator knows. The bands of
     a stage wait for each other in every layer, so they count as one process here, and `grid` has none.
     """
-    after, due = feeding_order(plan), decoding_order(plan, grid) if grid.front else {}
+    after, due = feeding_order(plan), decoding_order(plan, grid) if grid.back else {}
     clock, mail = dict.fromkeys(range(grid.world_size), 0.0), {}
     todo = {rank: [] for rank in clock}
     for i, p in enumerate(plan.passes):
         lane = p.lane if grid.num_lanes > 1 else 0
         way = [grid.rank(lane, stage) for stage in range(grid.num_stages)]
         for stage, rank in enumerate(way):
-            for block in due.get(i, ()) if rank == grid.front else ():
-                todo[rank].append(("front", block, None, None))
+            for block in due.get(i, ()) if rank == grid.back else ():
+                todo[rank].append(("back", block, None, None))
             todo[rank].append(("pass", i, stage, way))
         todo[0].append(("finish", i, None, way))
-        todo[0] += [("back", block, None, None) for block in due.get(i, ())]
+        todo[0] += [("show", block, None, None) for block in due.get(i, ())]
     for block in due.get(len(plan.passes), ()):
-        todo[grid.front].append(("front", block, None, None))
-        todo[0].append(("back", block, None, None))
-    ends, decodes = {}, []
+        todo[grid.back].append(("back", block, None, None))
+        todo[0].append(("show", block, None, None))
+    ends, shown = {}, []
 
     def post(kind, i, size, sender, receiver, time):
         mail[kind, i] = time + (costs.hop(size / k) if sender != receiver or k > 1 else 0.0)
@@ -84,13 +84,13 @@ def played(plan, grid, layers, costs, k):  # noqa: C901
                 things.pop(0)
                 moved = True
                 clock[rank] = max(clock[rank], mail[wanted])
-                if kind == "front":
-                    clock[rank] += 2 * costs.message + costs.front * plan.block_sizes[i]
-                    mail["back", i] = clock[rank] + costs.hop(plan.block_sizes[i] * SHAPE.front_bytes)
-                    continue
                 if kind == "back":
-                    clock[0] += costs.message + (costs.decode - costs.front) * plan.block_sizes[i]
-                    decodes.append((clock[0], i))
+                    clock[rank] += 2 * costs.message + (costs.decode - costs.front) * plan.block_sizes[i]
+                    mail["show", i] = clock[rank] + costs.hop(plan.block_sizes[i] * SHAPE.frame_bytes)
+                    continue
+                if kind == "show":
+                    clock[0] += costs.message
+                    shown.append((clock[0], i))
                     continue
                 p = plan.passes[i]
                 lane = p.lane if grid.num_lanes > 1 else 0
@@ -100,12 +100,12 @@ def played(plan, grid, layers, costs, k):  # noqa: C901
                     if p.updates:
                         feed(i)
                     for block in p.emits:
-                        if grid.front:
-                            clock[0] += costs.message
-                            mail["front", block] = clock[0] + costs.hop(plan.block_sizes[block] * SHAPE.latent_bytes)
+                        if grid.back:
+                            clock[0] += costs.front * plan.block_sizes[block] + costs.message
+                            mail["back", block] = clock[0] + costs.hop(plan.block_sizes[block] * SHAPE.front_bytes)
                             continue
                         clock[0] += costs.decode * plan.block_sizes[block]
-                        decodes.append((clock[0], block))
+                        shown.append((clock[0], block))
                     continue
                 for _ in layers[stage]:
                     clock[rank] += costs.fixed + costs.per_latent * p.num_latents / k
@@ -125,7 +125,7 @@ def played(plan, grid, layers, costs, k):  # noqa: C901
                     size = p.num_latents * SHAPE.hidden_bytes
                     post((stage + 1, "in"), i, size, rank, way[stage + 1], clock[rank])
         assert moved, "nothing can go on: a deadlock"
-    return ends, decodes
+    return ends, shown
 
 
 @pytest.mark.parametrize("seed", range(32))
@@ -142,15 +142,15 @@ def test_it_is_what_processes_that_exchange_messages_do(seed):
     costs = replace(costs, front=rng.random() * costs.decode)
     layers = split_layers([rng.uniform(0.5, 2) for _ in range(7)], grid.num_stages)
     timeline = simulate(plan, grid, layers, costs, SHAPE)
-    ends, decodes = played(plan, plain, layers, costs, grid.num_bands)
+    ends, shown = played(plan, plain, layers, costs, grid.num_bands)
     for rank in range(grid.world_size):
         for i in range(len(plan.passes)):
             if (rank // grid.num_bands, i) in ends:
                 assert timeline.ends[rank, i] == pytest.approx(ends[rank // grid.num_bands, i])
             else:
                 assert np.isnan(timeline.ends[rank, i])
-    assert [block for _, _, block in timeline.decodes] == [block for _, block in decodes]
-    assert [end for _, end, _ in timeline.decodes] == pytest.approx([end for end, _ in decodes])
+    assert [block for _, _, block in timeline.decodes] == [block for _, block in shown]
+    assert list(timeline.shown) == pytest.approx([end for end, _ in shown])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -212,7 +212,7 @@ def test_a_decoder_that_is_cut_gives_the_head_less_to_do(num_lanes):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("num_stages, num_lanes", [(3, 1), (1, 2), (2, 2)])
-def test_every_block_has_its_front_once_and_after_it_left(name, num_stages, num_lanes):
+def test_every_block_has_its_back_once_and_after_it_left(name, num_stages, num_lanes):
     plan, grid = make_plan(METHODS[name](num_steps=3), 40), Grid(num_stages=num_stages, num_lanes=num_lanes,
                                                                  cuts_decoder=True)  # fmt: skip
     left = {block: i for i, p in enumerate(plan.passes) for block in p.emits}

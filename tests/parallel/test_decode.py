@@ -61,25 +61,25 @@ def test_it_shows_what_a_whole_decoder_shows(vae, grid, name, plan, begun):
     start = int(begun * len(plan.passes))
     there, back_again = Link(), Link()
     stages = [SimpleNamespace(grid=grid, decoding=pair) for pair in ((there, back_again), (back_again, there))]
-    front, back = Front(vae, stages[0], plan, start, SIZE), Back(vae, stages[1], plan, start, SIZE)
+    back, front = Back(vae, stages[0], plan, start, SIZE), Front(vae, stages[1], plan, start, SIZE)
     whole, due = Whole(vae, plan), decoding_order(plan, grid, start)
     shown = {}
     latents = [torch.randn(1, SIZE[0], size, *SIZE[1:]) for size in plan.block_sizes]
     for block in blocks_before(plan, start):
-        back.put(block, latents[block])
-    front.compute(BEFORE)
-    shown |= {block: back.take(block) for block in blocks_before(plan, start)}
+        front.put(block, latents[block])
+    back.compute(BEFORE)
+    shown |= {block: front.take(block) for block in blocks_before(plan, start)}
     for i, p in enumerate(plan.passes[start:], start):
-        front.compute(i)
+        back.compute(i)
         for block in p.emits:
-            back.put(block, latents[block])
-        shown |= {block: back.take(block) for block in due.get(i, ())}
-    front.compute(len(plan.passes))
-    shown |= {block: back.take(block) for block in due[len(plan.passes)]}
+            front.put(block, latents[block])
+        shown |= {block: front.take(block) for block in due.get(i, ())}
+    back.compute(len(plan.passes))
+    shown |= {block: front.take(block) for block in due[len(plan.passes)]}
     assert sorted(shown) == list(range(len(plan.block_sizes)))
-    for block, pixels in shown.items():
+    for block, frames in shown.items():
         whole.put(block, latents[block])
-        assert torch.equal(pixels, whole.take(block)), block
+        assert torch.equal(frames, whole.take(block)), block
     assert not there.coming and not back_again.coming and not list(back_again.expected) and not list(there.expected)
 
 
@@ -89,14 +89,14 @@ def test_what_is_under_way_does_not_grow_with_the_video(vae):
         plan, grid = make_plan(METHODS["rolling"](num_steps=3), num_latents), GRIDS[0]
         there, back_again = Link(), Link()
         stages = [SimpleNamespace(grid=grid, decoding=pair) for pair in ((there, back_again), (back_again, there))]
-        front, back = Front(vae, stages[0], plan, 0, SIZE), Back(vae, stages[1], plan, 0, SIZE)
+        back, front = Back(vae, stages[0], plan, 0, SIZE), Front(vae, stages[1], plan, 0, SIZE)
         due = decoding_order(plan, grid)
         for i, p in enumerate(plan.passes):
-            front.compute(i)
+            back.compute(i)
             for block in p.emits:
-                back.put(block, torch.randn(1, SIZE[0], plan.block_sizes[block], *SIZE[1:]))
+                front.put(block, torch.randn(1, SIZE[0], plan.block_sizes[block], *SIZE[1:]))
             for block in due.get(i, ()):
-                back.take(block)
+                front.take(block)
         most.append((there.most, back_again.most))
     ahead = max(i - done for i, done in enumerate(feeding_order(plan)))
     assert most[0] == most[1] and max(most[0]) <= 3 * ahead

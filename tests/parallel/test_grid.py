@@ -46,11 +46,11 @@ def degrees_of(grids):
     return [degrees[:3] for degrees in whole]
 
 
-def test_the_front_of_a_decoder_is_the_first_stage_s_or_the_twin_s():
+def test_the_back_of_a_decoder_is_the_first_stage_s_or_the_twin_s():
     cut = lambda stages, lanes: Grid(num_stages=stages, num_bands=3, num_lanes=lanes, cuts_decoder=True)  # noqa: E731
-    assert [cut(*of).front for of in ((1, 1), (2, 1), (4, 1), (1, 2), (3, 2))] == [0, 3, 3, 3, 15]
+    assert [cut(*of).back for of in ((1, 1), (2, 1), (4, 1), (1, 2), (3, 2))] == [0, 3, 3, 3, 15]
     assert cut(3, 2).place(15) == replace(cut(3, 2).place(0), lane=1) and cut(4, 1).place(3).stage == 0
-    assert replace(cut(3, 2), cuts_decoder=False).front == 0
+    assert replace(cut(3, 2), cuts_decoder=False).back == 0
 
 
 def test_a_decoder_is_cut_or_not_as_asked():

@@ -57,7 +57,7 @@ def test_several_processes_make_the_video_of_one(model, longvid, here, kind):
         assert all(found[name][each] == found["one"][each] for each in ("latent_sha256", "frames", "passes"))
         assert (load(here / f"{name}.mp4") == load(here / "one.mp4")).all()
     assert found["one"]["bytes_sent"] == [0] and all(found["two"]["bytes_sent"])
-    assert [found[name]["layout"]["decoder_front"] for name in spread] == [0, 0, 1, 3]
+    assert [found[name]["layout"]["decoder_back"] for name in spread] == [0, 0, 1, 3]
     assert all(more > less for more, less in zip(found["cut"]["bytes_sent"], found["two"]["bytes_sent"], strict=True))
 
 

@@ -124,19 +124,20 @@ def test_decoding_in_bfloat16_is_that_in_float32_but_for_rounding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_front_and_a_back_are_the_whole_to_the_bit(name, dtype):
-    """Also a front that holds nothing else, and what comes between has the shapes that are told beforehand."""
-    vae, front, start, back = make(name).decoding_in(dtype), make(name).decoding_in(dtype).front_alone(), None, None
-    assert set(front.state_dict()) < set(vae.state_dict())
-    whole = None
+    """Also a back that holds nothing else, and what comes between has the shapes that are told beforehand."""
+    vae, back = make(name).decoding_in(dtype), make(name).back_alone().decoding_in(dtype)
+    assert set(back.state_dict()) < set(vae.state_dict())
+    whole = start = end = None
     for latent in latents(vae, 11).split([1, 3, 7], 2):
         expected, whole = vae.decode(latent, whole)
         shapes, told = vae.features_of(tuple(latent.shape), is_start=start is None)
-        features, states = zip(*front.decode_front(latent, start), strict=True)
+        features, states = zip(*vae.decode_front(latent, start), strict=True)
         start = states[-1]
         assert [tuple(piece.shape) for piece in features] == shapes and {piece.dtype for piece in features} == {told}
-        video, back = vae.decode_back(features, back)
+        assert back.features_of(tuple(latent.shape), is_start=end is None) == (shapes, told)
+        video, end = back.decode_back(features, end)
         assert torch.equal(video, expected)
-    assert len(whole.past) == len(start.past) + len(back.past)
+    assert len(whole.past) == len(start.past) + len(end.past)
 
 
 def test_a_state_is_a_value():
