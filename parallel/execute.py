@@ -9,10 +9,9 @@ computes, to the bit: only where a layer runs differs. Where a stage is cut in b
 out is the same but for rounding.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,12 +24,11 @@ from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import NoiseOf, Point, Queue, timesteps_of
 from longvid.types import Latents
+from parallel.connect import connect
 from parallel.cost import decoding_order, feeding_order
 from parallel.exchange import Ulysses
 from parallel.grid import Grid, cut_rows, row_ranges
 from parallel.link import Local, Message, Receiver, Sender
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +107,10 @@ def make_stage(grid: Grid, layers: Sequence[range], num_rows: int, device: torch
     rank, rows = dist.get_rank(), cut_rows(num_rows, grid.num_bands)
     if dist.get_world_size() != grid.world_size:
         raise ValueError(f"a grid of {grid.world_size} on {dist.get_world_size()} processes: they must be equal")
-    senders, receivers = _links(grid.edges(), rank, device)
+    senders, receivers = connect(list(grid.edges()), device)
     place = grid.place(rank)
     common = {"grid": grid, "layers": layers[place.stage], "rows": rows, "band": place.band, "lane": place.lane,
-              "exchange": _exchange(grid, rank, rows, device), "decoding": _decoding(grid, rank, device)}  # fmt: skip
+              "exchange": _exchange(grid, rank, rows, device), "decoding": _decoding(grid, device)}  # fmt: skip
     last = grid.num_stages - 1
     if rank:
         lane = place.lane or 0
@@ -130,36 +128,12 @@ def make_stage(grid: Grid, layers: Sequence[range], num_rows: int, device: torch
     )  # fmt: skip
 
 
-def _decoding(grid: Grid, rank: int, device: torch.device) -> tuple[Receiver, Sender] | None:
+def _decoding(grid: Grid, device: torch.device) -> tuple[Receiver, Sender] | None:
     """The links of a part of the decoder with the other."""
-    edges = [(0, grid.back), (grid.back, 0)] if grid.back else []
-    senders, receivers = _links(edges, rank, device)
+    if not grid.back:
+        return None
+    senders, receivers = connect([(0, grid.back), (grid.back, 0)], device)
     return (*receivers.values(), *senders.values()) if senders else None
-
-
-def _links(
-    edges: Iterable[tuple[int, int]], rank: int, device: torch.device
-) -> tuple[dict[int, Sender], dict[int, Receiver]]:
-    """This process's ends of its links by the rank at the other, each tried once; `edges` are (from, to)."""
-    senders: dict[int, Sender] = {}
-    receivers: dict[int, Receiver] = {}
-    for sender, receiver in edges:
-        group = dist.new_group(sorted((sender, receiver)))
-        if rank == sender:
-            senders[receiver] = Sender(group, receiver)
-        if rank == receiver:
-            receivers[sender] = Receiver(group, sender, device)
-    for link in receivers.values():
-        link.expect([((1,), torch.float32)])
-    for link in senders.values():
-        link.send(torch.zeros(1, device=device), 0, -1)
-    for link in receivers.values():
-        link.receive()
-        link.waited_s = 0.0
-    for link in senders.values():
-        link.flush()
-        link.num_bytes = 0
-    return senders, receivers
 
 
 def _exchange(grid: Grid, rank: int, rows: tuple[int, ...], device: torch.device) -> Exchange:
@@ -171,43 +145,6 @@ def _exchange(grid: Grid, rank: int, rows: tuple[int, ...], device: torch.device
             found = Ulysses(group, rows, rank - peers.start)
             found.by_tokens(torch.zeros(1, 1, sum(rows), 1, 1, device=device))
             found.num_bytes, found.waited_s = 0, 0.0
-    return found
-
-
-def attempted(make: Callable[[], T]) -> Callable[[], T]:
-    """Make it now; a call that gives what came of it, or raises the ValueError that did."""
-    try:
-        found = make()
-    except ValueError as error:
-        found = error
-
-    def give() -> T:
-        if isinstance(found, ValueError):
-            raise found
-        return found
-
-    return give
-
-
-def from_rank(rank: int, make: Callable[[], T]) -> T:
-    """What one process makes, on every process. A ValueError there ends the others without a word."""
-    found: list = [None]
-    if dist.get_rank() == rank:
-        try:
-            found = [make()]
-        except ValueError:
-            dist.broadcast_object_list(found, rank)
-            raise
-    dist.broadcast_object_list(found, rank)
-    if found[0] is None:
-        raise SystemExit(2)
-    return found[0]
-
-
-def from_all(this: T) -> list[T]:
-    """What each process has, in order of rank."""
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, this)
     return found
 
 

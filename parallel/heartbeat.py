@@ -54,14 +54,14 @@ class _Heart:
         self.heard = time.monotonic()
         self.left = False
         self.other_pid: int | None = None
-        self.store.set(f"process-{rank}", f"{_machine()} {os.getpid()}")
+        self.store.set(f"process-{rank}", f"{machine()} {os.getpid()}")
 
     def beat(self, ended: threading.Event) -> None:
         """Count up, and look whether the other has."""
         before = None
         try:
-            machine, pid = self.store.get(f"process-{self.other}").decode().split()
-            self.other_pid = int(pid) if machine == _machine() else None
+            where, pid = self.store.get(f"process-{self.other}").decode().split()
+            self.other_pid = int(pid) if where == machine() else None
             while not ended.wait(BEAT_S):
                 self.store.add(f"beat-{self.rank}", 1)
                 now = self.store.add(f"beat-{self.other}", 0)
@@ -85,6 +85,6 @@ class _Heart:
                     os._exit(1)
 
 
-def _machine() -> str:
+def machine() -> str:
     """Which machine this is, as the launcher counts them."""
     return os.environ.get("GROUP_RANK", "0")

@@ -20,8 +20,9 @@ from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import noise_of, sample
 from longvid.types import Latents, Text
+from parallel.agree import from_all
 from parallel.decode import BEFORE, Back, Front, Whole
-from parallel.execute import Stage, carry_out, from_all
+from parallel.execute import Stage, carry_out
 from parallel.snapshot import part_of
 from pipelines.configure import Run, configure
 from pipelines.run_folder import Keeping

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from longvid.plan import Plan
+from parallel.agree import from_all
 from parallel.cost import ModelShape, peak_features
-from parallel.execute import Stage, from_all, make_stage
+from parallel.execute import Stage, make_stage
 from parallel.grid import Grid
 from parallel.launch import Launch, join, launch
 from parallel.split import split_layers

@@ -13,12 +13,13 @@ from longvid.checkpoints.diffusers_folder import num_elements, open_folder
 from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.plan import Plan, make_plan
 from longvid.types import Text
+from parallel.agree import attempted, from_all, from_rank
+from parallel.connect import Measured, measured_link
 from parallel.cost import Costs, mean_costs, memory
-from parallel.execute import Stage, attempted, from_all, from_rank, make_stage
+from parallel.execute import Stage, make_stage
 from parallel.grid import Degrees, Grid, Limits, possible_grids
 from parallel.launch import Launch, join
 from parallel.layout import Layout, fastest
-from parallel.link import Measured, measured_link
 from parallel.snapshot import part_of
 from parallel.split import split_layers
 from pipelines.calibrate import LONG, measured_costs, shape_of

@@ -107,6 +107,8 @@ def check_uneven_rows() -> None:
 def main(out: Path, others: Path, sequence: int, lanes: int) -> None:
     """Carry out all cases on the same links: from the start, leaving snapshots, and from the midst of others' runs."""
     torch.set_num_threads(1)
+    if os.environ.get("ON_MACHINES_OF_THEIR_OWN"):
+        os.environ["GROUP_RANK"] = os.environ["RANK"]
     dist.init_process_group("gloo")
     grid = grid_of(dist.get_world_size(), sequence, lanes)
     stage = make_stage(grid, split_layers([1.0] * LAYERS, grid.num_stages), HEIGHT // 2, torch.device("cpu"))

@@ -65,17 +65,19 @@ class Group:
     grid: Grid
 
 
-GROUPS = ["2", "3", "4", "2-lanes", "4-lanes", "4-bands", "4-bands-lanes"]
+GROUPS = ["2", "3", "3-machines", "4", "2-lanes", "4-lanes", "4-bands", "4-bands-lanes"]
 
 
 @pytest.fixture(scope="module", params=GROUPS)
 def group(request, tmp_path_factory, alone, snapshots):
-    """Several processes, as stages, lanes and bands, after all cases that have as many lanes."""
+    """Several processes, as stages, lanes and bands, after all cases that have as many lanes; on machines of their own
+    they have no memory to share."""
     out = tmp_path_factory.mktemp(f"group-{request.param}")
     num, lanes, bands = request.param[0], 1 + ("lanes" in request.param), 1 + ("bands" in request.param)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}",
              "-m", "tests.parallel.cases", str(out), str(snapshots), str(bands), str(lanes)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"ON_MACHINES_OF_THEIR_OWN": "1"} if "machines" in request.param else {}
     ran = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     made = [torch.load(out / f"{rank}.pt") for rank in range(int(num))]
