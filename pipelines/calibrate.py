@@ -4,7 +4,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,12 +23,26 @@ from parallel.cost import Costs, ModelShape
 from pipelines.configure import Run
 from pipelines.generate import decode, vae_of
 
-REPEATS, SHORT = 5, 0.1
-"""Calls of which a time is the mean, and seconds within which these are made even where fewer would do."""
-LONG = 0.6
-"""Seconds over which, where a prediction is wanted, what most of a run is made of is timed."""
-REHEARSED = 120
-"""Passes of the plan, from its beginning, by which it is timed what the head does between them."""
+
+@dataclass(frozen=True, kw_only=True)
+class Care:
+    """How long a calibration takes: the mean is of `repeats` calls at least, and of up to `REPEATS` within `short_s`
+    seconds; what most of a run is made of is timed over `long_s`. What the head does between passes is timed by the
+    first `rehearsed` of them."""
+
+    repeats: int
+    short_s: float
+    long_s: float
+    rehearsed: int
+
+
+REPEATS = 5
+BRIEF = Care(repeats=1, short_s=0.04, long_s=0.0, rehearsed=40)
+"""To choose a layout."""
+LONG = Care(repeats=1, short_s=0.1, long_s=0.6, rehearsed=120)
+"""To predict how long a run takes that follows."""
+THOROUGH = Care(repeats=REPEATS, short_s=0.1, long_s=0.0, rehearsed=120)
+"""To predict how long a run would take."""
 TEXT_TOKENS = 160
 LEAST_LAYERS, CACHED = 3, 64 * 2**20
 """Layers timed in a row: at least so many, and of small models as many as have weights of that many bytes: a CPU's
@@ -59,15 +73,13 @@ def measured_costs(
     latency: float,
     bandwidth: float,
     message: float = 0.0,
-    repeats: int = REPEATS,
-    least_s: float = 0.0,
+    care: Care = THOROUGH,
 ) -> Costs:
     """Costs of the run's model on this machine, with the threads that torch has now; links as given.
 
     Some layers in a row are timed on passes of the plan, their context joined and their features kept as in a run, and
-    the three coefficients fitted to that; the ends are what the end layers take besides. Times are means of `repeats`
-    calls, since a run is their sum; of the most common pass, and of decoding, over `least_s` seconds at least. What the
-    head does between passes is timed by carrying out a part of the plan.
+    the three coefficients fitted to that; the ends are what the end layers take besides. Times are means, since a run
+    is their sum. What the head does between passes is timed by carrying out a part of the plan.
     """
     num_layers = open_folder(run.model).transformer["num_layers"]
     few, more = range(1), range(min(max(LEAST_LAYERS, CACHED // shape_of(run).layer_bytes), num_layers))
@@ -76,14 +88,14 @@ def measured_costs(
     layer, first, last = [], [], []
     for i, p in enumerate(shown):
         calls = [_forward(part, run, p) for part in parts.values()]
-        short, long, end = _times(run, calls, repeats, 0.0 if i else 1.5 * least_s)
+        short, long, end = _times(run, calls, care, 0.0 if i else 1.5 * care.long_s)
         layer.append(max((long - short) / (len(more) - 1), 1e-9) if len(more) > 1 else short)
         first.append(max(0.0, short - layer[-1]) / p.num_latents)
         last.append(max(0.0, end - layer[-1]) / p.num_latents)
-    decode, front = _decode_times(run, plan, repeats, least_s)
+    decode, front = _decode_times(run, plan, care)
     fixed, per_latent, per_pair = _fit([(p.num_latents, p.num_context) for p in shown], layer)
     return Costs(fixed=fixed, per_latent=per_latent, per_pair=per_pair, first=statistics.median(first),
-                 last=statistics.median(last), turn=_turn_time(run, plan, parts[few]), decode=decode, front=front,
+                 last=statistics.median(last), turn=_turn_time(run, plan, parts[few], care), decode=decode, front=front,
                  latency=latency, bandwidth=bandwidth, message=message)  # fmt: skip
 
 
@@ -143,7 +155,7 @@ def _forward(part: DiT, run: Run, p: Pass) -> Callable[[], object]:
     return forward
 
 
-def _turn_time(run: Run, plan: Plan, part: DiT) -> float:
+def _turn_time(run: Run, plan: Plan, part: DiT, care: Care) -> float:
     """Seconds for a pass of all but its model: a part of the plan carried out, less the time of its first layer, which
     stands for the model and leaves the CPU's caches as that does.
 
@@ -151,7 +163,7 @@ def _turn_time(run: Run, plan: Plan, part: DiT) -> float:
     """
     device = torch.device(run.device)
     text = part.text_features(torch.randn(1, TEXT_TOKENS, part.config.text_dim, device=device).to(part.proj_dtype))
-    plan, ends, spent = replace(plan, passes=plan.passes[:REHEARSED]), [], []
+    plan, ends, spent = replace(plan, passes=plan.passes[: care.rehearsed]), [], []
 
     def layer(x: Latents, *inputs, **options) -> tuple:
         spent.extend(time.perf_counter() - end for end in ends[-1:])
@@ -178,7 +190,7 @@ def _latent_size(run: Run) -> tuple[int, int, int]:
     return folder.transformer["in_channels"], run.height // factor, run.width // factor
 
 
-def _decode_times(run: Run, plan: Plan, repeats: int, least_s: float) -> tuple[float, float]:
+def _decode_times(run: Run, plan: Plan, care: Care) -> tuple[float, float]:
     """Seconds for a latent of the VAE's stream, in a whole block; and those that its front takes of them."""
     vae = vae_of(run)
     factor = vae.config.spatial_factor
@@ -187,19 +199,19 @@ def _decode_times(run: Run, plan: Plan, repeats: int, least_s: float) -> tuple[f
     _, state = vae.decode(z)
     *_, (_, front_state) = vae.decode_front(z)
     calls = (lambda: decode(vae, z, state), lambda: list(vae.decode_front(z, front_state)))
-    whole, front = (seconds / size for seconds in _times(run, calls, repeats, least_s))
+    whole, front = (seconds / size for seconds in _times(run, calls, care, care.long_s))
     return whole, min(front, whole)
 
 
-def _times(run: Run, calls: Sequence[Callable[[], object]], repeats: int, least_s: float) -> list[float]:
-    """Mean seconds of calls, in turn, after a first round; of more rounds than asked for where they are short.
+def _times(run: Run, calls: Sequence[Callable[[], object]], care: Care, least_s: float) -> list[float]:
+    """Mean seconds of calls, in turn, after a first round; over `least_s` seconds at least.
 
     One after the other a part of the model would find its weights where no run has them.
     """
     rounds = []
     while (
-        len(rounds) <= repeats
-        or (len(rounds) <= REPEATS and np.sum(rounds) < SHORT * len(calls))
+        len(rounds) <= care.repeats
+        or (len(rounds) <= REPEATS and np.sum(rounds) < care.short_s * len(calls))
         or np.sum(rounds) < least_s
     ):
         times = []

@@ -15,14 +15,14 @@ from longvid.plan import Plan, make_plan
 from longvid.types import Text
 from parallel.agree import attempted, from_all, from_rank
 from parallel.connect import Measured, measured_link
-from parallel.cost import Costs, mean_costs, memory
+from parallel.cost import mean_costs, memory
 from parallel.execute import Stage, make_stage
 from parallel.grid import Degrees, Grid, Limits, possible_grids
 from parallel.launch import Launch, join
 from parallel.layout import Layout, fastest
 from parallel.snapshot import part_of
 from parallel.split import split_layers
-from pipelines.calibrate import LONG, measured_costs, shape_of
+from pipelines.calibrate import BRIEF, LONG, measured_costs, shape_of
 from pipelines.configure import Run
 from pipelines.extend import Extension, extend
 from pipelines.generate import Observer, encode_prompts, generate
@@ -116,14 +116,10 @@ def grids_of(world_size: int, run: Run, asked: Degrees) -> list[Grid]:
     return possible_grids(world_size, limits_of(run), asked, may_cut_rows=run.device.startswith("cuda"))
 
 
-def costs_now(run: Run, plan: Plan, link: Measured = Measured(), least_s: float = 0.0) -> Costs:  # noqa: B008  a value
-    """Costs measured on this process's device, in a moment; `least_s` as in `measured_costs`."""
-    return measured_costs(run, plan, **link._asdict(), repeats=1, least_s=least_s)
-
-
 def layout_here(grids: list[Grid], run: Run, plan: Plan) -> Layout:
     """The fastest of these grids if all processes are as fast as this one, and links take no time."""
-    return fastest(plan, grids, costs_now(run, plan, least_s=LONG), shape_of(run))
+    costs = measured_costs(run, plan, **Measured()._asdict(), care=LONG)
+    return fastest(plan, grids, costs, shape_of(run))
 
 
 def layout_record(layout: Layout | None, run: Run) -> dict:
@@ -197,7 +193,7 @@ def taken_part(task: Task, *, whole: bool, lost: Callable[[str], None]) -> Itera
             grids = grids_that_fit(grids, task.run, task.request.plan(), available)
         found = measured_link(num - 1, torch.device(device))
         link = from_rank(num - 1, lambda: found)
-        measured = attempted(lambda: costs_now(task.run, plan, link, LONG if whole else 0.0))
+        measured = attempted(lambda: measured_costs(task.run, plan, **link._asdict(), care=LONG if whole else BRIEF))
         costs = mean_costs([from_rank(rank, measured) for rank in range(num)])
         encoded = attempted(task.encode) if dist.get_rank() == 0 else list  # while the last process plans
         layout = from_rank(num - 1, lambda: fastest(plan, grids, costs, shape_of(task.run)))

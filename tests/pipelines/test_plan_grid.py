@@ -76,5 +76,6 @@ def test_of_a_long_plan_the_beginning_is_rehearsed(model, monkeypatch):
     run, seen = configure(model=model, method="dualparal", num_frames=401), []
     monkeypatch.setattr(calibrate, "sample", lambda plan, *_, **__: seen.append(len(plan.passes)) or iter(()))
     plan = run.plan()
-    calibrate.measured_costs(run, plan, latency=0.0, bandwidth=1e9, repeats=1)
-    assert seen == [calibrate.REHEARSED] and len(plan.passes) > 2 * calibrate.REHEARSED
+    for care in (calibrate.BRIEF, calibrate.THOROUGH):
+        calibrate.measured_costs(run, plan, latency=0.0, bandwidth=1e9, care=care)
+    assert seen == [calibrate.BRIEF.rehearsed, calibrate.THOROUGH.rehearsed] and len(plan.passes) > 2 * seen[1]
