@@ -14,7 +14,7 @@ from longvid.models.attention import KV
 from longvid.models.cache import Cache, Entry
 from longvid.models.dit import DiT
 from longvid.models.packed import pack
-from longvid.models.vae import VAEConfig
+from longvid.models.vae_config import VAEConfig
 from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import Point, Queue, noise_of, sample, timesteps_of

@@ -16,7 +16,8 @@ from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.method import Method
 from longvid.models.lora import FILE, add_lora, save_lora
 from longvid.models.text import TextEncoder
-from longvid.models.vae import VAE, VAEConfig
+from longvid.models.vae import VAE
+from longvid.models.vae_config import VAEConfig
 from longvid.types import Text
 from longvid.video_folder import CaptionedVideo, read_captions
 from pipelines.checks import held_out, samples, validation

@@ -15,7 +15,8 @@ from longvid.media import read_image
 from longvid.models.dit import DiT, TextFeatures
 from longvid.models.packed import pack
 from longvid.models.text import TextEncoder
-from longvid.models.vae import VAE, VAEConfig, VAEState
+from longvid.models.vae import VAE, VAEState
+from longvid.models.vae_config import VAEConfig
 from longvid.passes import Pass
 from longvid.plan import Plan
 from longvid.sampler import noise_of, sample

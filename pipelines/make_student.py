@@ -13,7 +13,7 @@ from longvid.checkpoints.safetensor_files import fingerprint
 from longvid.method import Method
 from longvid.models.dit import DiTConfig
 from longvid.models.text import TextEncoder
-from longvid.models.vae import VAEConfig
+from longvid.models.vae_config import VAEConfig
 from longvid.plan import num_latents_of
 from longvid.worlds import sample_world
 from pipelines.configure import BASE, model_defaults, resolve_model

@@ -15,7 +15,8 @@ from longvid.intervals import IntervalCost
 from longvid.levels import LevelSampler
 from longvid.models.dit import DiT
 from longvid.models.text import TextEncoder
-from longvid.models.vae import VAE, VAEConfig
+from longvid.models.vae import VAE
+from longvid.models.vae_config import VAEConfig
 from longvid.multitask import Multitask
 from longvid.weighting import LossWeighting
 from pipelines.checks import held_out, samples, validation

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from longvid import worlds
 from longvid.frames import to_video
-from longvid.models.vae import VAE, VAEConfig
+from longvid.models.vae import VAE
+from longvid.models.vae_config import VAEConfig
 from longvid.types import Video
 from pipelines.optimise import Check, Engine, LoopConfig, alone, optimise
 from pipelines.optimizers import WHOLE, Part

@@ -95,7 +95,7 @@ def through_diffusers(options: argparse.Namespace, video: Path) -> dict:
 
     from longvid.checkpoints.diffusers_folder import open_folder
     from longvid.media import VideoWriter
-    from longvid.models.vae import VAEConfig
+    from longvid.models.vae_config import VAEConfig
 
     run, text, vae = requested(options, WINDOWS), Clock(), Clock()
     pipe = SkyReelsV2DiffusionForcingPipeline.from_pretrained(run.model, dtype=torch.float32)

@@ -17,7 +17,8 @@ from torch import nn
 from longvid.checkpoints.safetensor_files import load_into, module_tensors, open_tensors, read_json, save_tensors
 from longvid.models.dit import SKYREELS, WAN, DiT, DiTConfig
 from longvid.models.text import TextEncoder
-from longvid.models.vae import VAE, VAEConfig
+from longvid.models.vae import VAE
+from longvid.models.vae_config import VAEConfig
 
 VAE_CLASS = "AutoencoderKLWan"
 PIPELINES = {WAN: "WanPipeline", SKYREELS: "SkyReelsV2DiffusionForcingPipeline"}

@@ -13,7 +13,8 @@ from longvid.flow import solver_step
 from longvid.method import Kind, LevelRule, Method
 from longvid.models.attention import KV
 from longvid.models.text import TextEncoder, make_small_text_encoder
-from longvid.models.vae import VAE, VAEConfig
+from longvid.models.vae import VAE
+from longvid.models.vae_config import VAEConfig
 from longvid.plan import make_plan
 from longvid.sampler import Queue, noise_of, sample
 from longvid.schedule import Solver

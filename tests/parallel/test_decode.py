@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from longvid.interleave import interleave
-from longvid.models.vae import VAE, VAEConfig
+from longvid.models.vae import VAE
+from longvid.models.vae_config import VAEConfig
 from longvid.plan import make_plan
 from parallel.cost import decoding_order, feeding_order
 from parallel.decode import BEFORE, Back, Front, Whole, blocks_before

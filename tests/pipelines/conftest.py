@@ -16,7 +16,8 @@ from longvid.models.dit import SKYREELS, DiT, DiTConfig
 from longvid.models.text import TextEncoder
 from longvid.models.tokenizers import ByteTokenizer
 from longvid.models.umt5 import UMT5Config, UMT5Encoder
-from longvid.models.vae import VAE, VAEConfig
+from longvid.models.vae import VAE
+from longvid.models.vae_config import VAEConfig
 from pipelines import cli
 
 HEIGHT, WIDTH, FPS = 16, 32, 8

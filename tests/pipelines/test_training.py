@@ -10,7 +10,8 @@ import torch
 from longvid import worlds
 from longvid.flow import add_noise
 from longvid.models.dit import DiT
-from longvid.models.vae import VAE, VAEConfig
+from longvid.models.vae import VAE
+from longvid.models.vae_config import VAEConfig
 from pipelines import film_latents, train_dit, train_vae
 from pipelines.film_latents import (
     BLOCK,

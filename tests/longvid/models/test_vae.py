@@ -5,7 +5,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch.nn import functional as F
 
-from longvid.models.vae import VAE, VAEConfig
+from longvid.models.vae import VAE
+from longvid.models.vae_config import VAEConfig
 from longvid.models.vae_conv import conv3d_by_taps, conv3d_minimal, conv3d_plain, minimal_kernels, stacked_taps
 
 TOLERANCE = 2e-5
