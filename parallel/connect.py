@@ -30,9 +30,8 @@ Ends = tuple[dict[int, Sender], dict[int, Receiver]]
 
 def connect(edges: Sequence[Edge], device: torch.device) -> Ends:
     """This process's ends of these links, each tried once. Every process must call it, with the same edges."""
-    senders, receivers = _through_memory(edges) if device.type == "cpu" else ({}, {})
+    near, senders, receivers = _through_memory(edges) if device.type == "cpu" else ((), {}, {})
     rank = dist.get_rank()
-    near = set().union(*from_all([(source, rank) for source in receivers]))
     for sender, receiver in (edge for edge in edges if edge not in near):
         group = dist.new_group(sorted((sender, receiver)))
         if rank == sender:
@@ -52,10 +51,10 @@ def connect(edges: Sequence[Edge], device: torch.device) -> Ends:
     return senders, receivers
 
 
-def _through_memory(edges: Sequence[Edge]) -> Ends:
-    """Ends of the links within machines, but for those that a machine does not allow."""
+def _through_memory(edges: Sequence[Edge]) -> tuple[set[Edge], dict[int, Sender], dict[int, Receiver]]:
+    """The links within machines, but for those that a machine does not allow, and this process's ends of them."""
     rank, homes = dist.get_rank(), from_all(_home())
-    near = [edge for edge in edges if homes[edge[0]] == homes[edge[1]] is not None]
+    near = {edge for edge in edges if homes[edge[0]] == homes[edge[1]] is not None}
     senders = {receiver: MemorySender(receiver) for sender, receiver in near if sender == rank}
     addresses = from_all({receiver: link.address for receiver, link in senders.items()})
     receivers, refused = {}, []
@@ -64,12 +63,11 @@ def _through_memory(edges: Sequence[Edge]) -> Ends:
             receivers[sender] = MemoryReceiver(addresses[sender][receiver], sender)
         except OSError:
             refused.append((sender, receiver))
-    for edge in (edge for of_rank in from_all(refused) for edge in of_rank):
-        if edge[0] == rank:
-            del senders[edge[1]]
+    near -= {edge for of_rank in from_all(refused) for edge in of_rank}
+    senders = {receiver: link for receiver, link in senders.items() if (rank, receiver) in near}
     for link in senders.values():
         link.connected()
-    return senders, receivers
+    return near, senders, receivers
 
 
 def _home() -> tuple[str, ...] | None:
