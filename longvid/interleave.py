@@ -46,7 +46,8 @@ def _numbered(p: Pass, video: int, num_videos: int) -> Pass:
     def blocks(of: Iterator[int]) -> tuple[int, ...]:
         return tuple(block * num_videos + video for block in of)
 
+    views = (view._replace(before=pieces(view.before), after=pieces(view.after)) for view in p.views)
     return p._replace(
-        covers=pieces(p.covers), before=pieces(p.before), after=pieces(p.after), writes=pieces(p.writes),
+        covers=pieces(p.covers), views=tuple(views), writes=pieces(p.writes),
         updates=blocks(p.updates), emits=blocks(p.emits), frees=blocks(p.frees), drops=blocks(p.drops),
     )  # fmt: skip

@@ -35,8 +35,10 @@ class Method:
     latents of cleaner neighbours still in the queue, latents of the noisier neighbour. `max_keys` bounds what one
     attention sees in all (0: no bound): the context shrinks until it fits beside the pass. With `first_steps` a video's
     first block is made in so many steps of its own before another begins, like an image that a video starts from; with
-    0 it is a block as the others. `window` > 0 cuts the video into windows that each run a matrix of their own and
-    share `overlap` clean latents with the one before; `condition_level` is the noise put on them.
+    0 it is a block as the others. Where passes are causal, `blocks_per_pass` neighbours go through the model together:
+    they see what they would see one after the other, in larger matrices. `window` > 0 cuts the video into windows that
+    each run a matrix of their own and share `overlap` clean latents with the one before; `condition_level` is the noise
+    put on them.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Method:
     left: int = 0
     right: int = 0
     max_keys: int = 0
+    blocks_per_pass: int = 1
     retire: bool = False
     retire_sees_sink: bool = True
     context_level: float = 0.0
@@ -73,8 +76,9 @@ class Method:
             value = getattr(self, name)
             if not isinstance(value, names):
                 raise ValueError(f"{name}={value!r} must be a {names.__name__}: {', '.join(names)}")
-        least = {"block_size": 1, "first_block_size": 1, "num_steps": 1}
-        for name in (*least, "lag", "first_steps", "sink", "history", "left", "right", "max_keys", "window", "overlap"):
+        least = {"block_size": 1, "first_block_size": 1, "num_steps": 1, "blocks_per_pass": 1}
+        for name in (*least, "lag", "first_steps", "sink", "history", "left", "right", "max_keys", "window", "overlap",
+                     "blocks_per_pass"):  # fmt: skip
             low = least.get(name, 0)
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
@@ -92,6 +96,10 @@ class Method:
             raise ValueError(f"lag={self.lag} must be at most num_steps={self.num_steps}; try {self.num_steps}")
         if self.window and self.first_steps:
             raise ValueError(f"first_steps={self.first_steps} is for videos in one matrix, this has windows; try 0")
+        if self.blocks_per_pass > 1 and self.kind is not Kind.CAUSAL:
+            raise ValueError(
+                f"blocks_per_pass={self.blocks_per_pass} is for causal passes, not {self.kind} ones; try 1"
+            )
         if self.window and self.kind is not Kind.JOINT:
             raise ValueError(f"window={self.window} is for joint passes, these are {self.kind}; try 0")
         if self.window and self.overlap >= self.window:

@@ -7,6 +7,7 @@ LongLive (causal: clean features as history, first latents as sink).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 from longvid.method import Kind, Method
@@ -33,11 +34,29 @@ class Cover(NamedTuple):
     renoise: float = 0.0
 
 
+class View(NamedTuple):
+    """What the latents `start` to `stop` of a pass see: `before`, the pass's own from `own` to `stop`, and `after`.
+
+    `before` and `after` are features that earlier passes left, in order of place. Positions count within a view.
+    """
+
+    start: int
+    stop: int
+    own: int = 0
+    before: tuple[Slice, ...] = ()
+    after: tuple[Slice, ...] = ()
+
+    @property
+    def num_context(self) -> int:
+        """Latents seen besides the pass's own."""
+        return sum(piece.stop - piece.start for piece in self.before + self.after)
+
+
 class Pass(NamedTuple):
     """One forward of the model.
 
-    `before` and `after` are the features read, in order of place; `writes` those kept; `updates` the blocks that take
-    a solver step now that all lanes of this pass are there; `emits` the blocks that leave clean then; `frees` the
+    `views` say what its latents see, one behind the other; `writes` are the features kept; `updates` the blocks that
+    take a solver step now that all lanes of this pass are there; `emits` the blocks that leave clean then; `frees` the
     blocks whose features in this lane nobody reads again before they are written anew, `drops` those whose latents
     nobody needs afterwards.
     """
@@ -45,8 +64,7 @@ class Pass(NamedTuple):
     tick: int
     lane: int
     covers: tuple[Cover, ...]
-    before: tuple[Slice, ...] = ()
-    after: tuple[Slice, ...] = ()
+    views: tuple[View, ...]
     writes: tuple[Slice, ...] = ()
     updates: tuple[int, ...] = ()
     emits: tuple[int, ...] = ()
@@ -59,9 +77,19 @@ class Pass(NamedTuple):
         return sum(cover.stop - cover.start for cover in self.covers)
 
     @property
+    def reads(self) -> tuple[Slice, ...]:
+        """The features that earlier passes left and any latent of this one sees."""
+        return tuple(piece for view in self.views for piece in view.before + view.after)
+
+    @property
     def num_context(self) -> int:
-        """Latents seen besides."""
-        return sum(piece.stop - piece.start for piece in self.before + self.after)
+        """Latents that a latent sees besides the pass's own, at most."""
+        return max(view.num_context for view in self.views)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of latents of which one sees the other."""
+        return sum((view.stop - view.start) * (view.stop - view.own + view.num_context) for view in self.views)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +187,7 @@ def tick_passes(window: Window, tick: int) -> Iterator[Pass]:
             yield from _retire(window, tick, block)
     active = window.active(tick)
     if method.kind is Kind.CAUSAL:
-        outlines = (_causal(window, tick, block) for block in active)
+        outlines = _causal(window, tick, active)
     elif method.kind is Kind.TWO_SIDED:
         outlines = (_two_sided(window, tick, block) for block in reversed(active))
     else:
@@ -181,14 +209,37 @@ def _retire(window: Window, tick: int, block: int) -> Iterator[Pass]:
     cover = Cover(block, step, 0, window.sizes[block], 1000 * level, level)
     before = _look_back(window, tick, block, window.sizes[block], method.sink if method.retire_sees_sink else 0)
     writes = (Slice(block, step, 0, window.sizes[block]),)
-    yield from _lanes(Pass(tick, 0, (cover,), before, writes=writes), method.num_lanes)
+    views = (View(0, window.sizes[block], before=before),)
+    yield from _lanes(Pass(tick, 0, (cover,), views, writes), method.num_lanes)
 
 
-def _causal(window: Window, tick: int, block: int) -> Pass:
-    """One block that sees sink, history and the cleaner neighbours of this tick."""
-    cover = window.cover(tick, block)
-    before = _look_back(window, tick, block, window.sizes[block], window.method.sink)
-    return Pass(tick, 0, (cover,), before, writes=(Slice(*cover[:4]),), updates=(block,))
+def _causal(window: Window, tick: int, active: list[int]) -> Iterator[Pass]:
+    """Blocks that each see sink, history and the cleaner neighbours of this tick, some in one pass.
+
+    It is the same blocks in every tick that go together, so a pass waits for no others of the tick before.
+    """
+    for _, together in groupby(active, key=lambda block: block // window.method.blocks_per_pass):
+        blocks = list(together)
+        while blocks:
+            views = tuple(_causal_views(window, tick, blocks))
+            covers = tuple(window.cover(tick, block) for block in blocks[: len(views)])
+            writes = tuple(Slice(*cover[:4]) for cover in covers)
+            yield Pass(tick, 0, covers, views, writes, updates=tuple(blocks[: len(views)]))
+            blocks = blocks[len(views) :]
+
+
+def _causal_views(window: Window, tick: int, blocks: list[int]) -> Iterator[View]:
+    """What each block sees in one pass with those before it, up to one whose view of these has a hole."""
+    start = 0
+    for block in blocks:
+        size = window.sizes[block]
+        before = _look_back(window, tick, block, size, window.method.sink)
+        own = [piece for piece in before if piece.block >= blocks[0]]
+        first = start - sum(piece.stop - piece.start for piece in own)
+        if own and first != sum(window.sizes[blocks[0] : own[0].block]) + own[0].start:
+            return
+        yield View(start, start + size, first, before[: len(before) - len(own)])
+        start += size
 
 
 def _two_sided(window: Window, tick: int, block: int) -> Pass:
@@ -201,12 +252,13 @@ def _two_sided(window: Window, tick: int, block: int) -> Pass:
     own = window.cover(tick, block)
     before = [window.cover(tick, *piece) for piece in window.tail(block, method.left)]
     covers = (*(cover._replace(timestep=own.timestep) for cover in reversed(before)), own)
+    num_latents = sum(cover.stop - cover.start for cover in covers)
     after = ()
     if method.right and block + 1 < window.stop and window.age(tick, block + 1) >= 0:
         step = window.age(tick, block + 1)
         after = (Slice(block + 1, step, 0, min(method.right, window.sizes[block + 1])),)
     writes = (Slice(block, own.step, 0, min(method.right, window.sizes[block])),) if method.right else ()
-    return Pass(tick, 0, covers, after=after, writes=writes, updates=(block,))
+    return Pass(tick, 0, covers, (View(0, num_latents, after=after),), writes, updates=(block,))
 
 
 def _joint(window: Window, tick: int, active: list[int]) -> Pass:
@@ -217,12 +269,14 @@ def _joint(window: Window, tick: int, active: list[int]) -> Pass:
         covered = sum(window.sizes[block] for block in active)
         before = _look_back(window, tick, active[0], covered, method.sink)
         writes = tuple(Slice(*cover[:4]) for cover in covers)
-        return Pass(tick, 0, covers, before, writes=writes, updates=tuple(active))
+        return Pass(tick, 0, covers, (View(0, covered, before=before),), writes, updates=tuple(active))
     level = method.condition_level
     shared = [window.cover(tick, *piece) for piece in window.tail(window.first, method.overlap)]
     shared = [cover._replace(timestep=1000 * level, renoise=level) for cover in reversed(shared)]
     blocks = range(window.first, window.stop)
-    return Pass(tick, 0, (*shared, *(window.cover(tick, b) for b in blocks)), updates=tuple(active))
+    covers = (*shared, *(window.cover(tick, b) for b in blocks))
+    num_latents = sum(cover.stop - cover.start for cover in covers)
+    return Pass(tick, 0, covers, (View(0, num_latents),), updates=tuple(active))
 
 
 def _look_back(window: Window, tick: int, block: int, covered: int, sink: int) -> tuple[Slice, ...]:

@@ -153,7 +153,7 @@ def _prune(passes: list[Pass], num_steps: Sequence[int]) -> list[Pass]:
     for p in reversed(passes):
         writes = tuple(piece for piece in p.writes if (piece.block, piece.step, p.lane) in read)
         if writes or any(cover.step < num_steps[cover.block] for cover in p.covers):
-            read.update((piece.block, piece.step, p.lane) for piece in p.before + p.after)
+            read.update((piece.block, piece.step, p.lane) for piece in p.reads)
             kept.append(p._replace(writes=writes))
     return kept[::-1]
 
@@ -178,7 +178,7 @@ def _frees(passes: list[Pass]) -> list[tuple[int, ...]]:
     frees, awaited = [], set()
     for p in reversed(passes):
         awaited.difference_update((piece.block, p.lane) for piece in p.writes)
-        read = dict.fromkeys(piece.block for piece in p.before + p.after)
+        read = dict.fromkeys(piece.block for piece in p.reads)
         frees.append(tuple(block for block in read if (block, p.lane) not in awaited))
         awaited.update((block, p.lane) for block in read)
     return frees[::-1]

@@ -162,7 +162,7 @@ def sample(
         with during(p):
             x = queue.gather(p)
             timesteps = timesteps_of(p, x.device)
-            lanes[p.lane], features = dit(x, timesteps, text(p), cache.context(p), fps=fps, keep=bool(p.writes))
+            lanes[p.lane], features = dit(x, timesteps, text(p), cache.contexts(p), fps=fps, keep=bool(p.writes))
             cache = cache.after(p, features)
             del features  # what the cache has not kept need not live through the next pass
             if p.updates:

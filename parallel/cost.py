@@ -49,7 +49,8 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Time of a pass through a layer, `fixed + per_latent n + per_pair n (n + context)` for n latents, and of the rest.
+    """Time of a pass through a layer, `fixed + per_latent n + per_pair m` for n latents that see m in all, and of the
+    rest.
 
     `first` and `last` are per latent: embedding; unembedding, in a roofline with the solver. `turn` is what a pass
     takes of the head besides: guidance, solver, noise, and the latents taken up for the next. `decode` is per latent
@@ -78,8 +79,7 @@ class Costs:
 
     def layer(self, p: Pass, num_bands: int = 1) -> float:
         """A layer's time for a pass, without exchanges."""
-        n = p.num_latents
-        return self.fixed + (self.per_latent * n + self.per_pair * n * (n + p.num_context)) / num_bands
+        return self.fixed + (self.per_latent * p.num_latents + self.per_pair * p.num_pairs) / num_bands
 
     def exchange(self, p: Pass, num_bands: int, shape: ModelShape) -> float:
         """A layer's exchanges for a pass: to heads and back."""

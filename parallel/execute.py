@@ -188,12 +188,12 @@ def carry_out(
             x = stage.source.receive()
             decode_back(i)
             with during(p):
-                context = cache.context(p)
-                y, features = part(x, timesteps_of(p, device), text(p), context, fps=fps, keep=bool(p.writes),
+                contexts = cache.contexts(p)
+                y, features = part(x, timesteps_of(p, device), text(p), contexts, fps=fps, keep=bool(p.writes),
                                    exchange=stage.exchange)  # fmt: skip
                 cache = cache.after(p, features)
             stage.target.send(y, i, order[i])
-            del x, y, features, context
+            del x, y, features, contexts
         if head or stage.runs(p):
             observe(p)
         if head:

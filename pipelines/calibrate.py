@@ -93,30 +93,30 @@ def measured_costs(
         first.append(max(0.0, short - layer[-1]) / p.num_latents)
         last.append(max(0.0, end - layer[-1]) / p.num_latents)
     decode, front = _decode_times(run, plan, care)
-    fixed, per_latent, per_pair = _fit([(p.num_latents, p.num_context) for p in shown], layer)
+    fixed, per_latent, per_pair = _fit([(p.num_latents, p.num_pairs) for p in shown], layer)
     return Costs(fixed=fixed, per_latent=per_latent, per_pair=per_pair, first=statistics.median(first),
                  last=statistics.median(last), turn=_turn_time(run, plan, parts[few], care), decode=decode, front=front,
                  latency=latency, bandwidth=bandwidth, message=message)  # fmt: skip
 
 
 def _shown(plan: Plan) -> list[Pass]:
-    """Passes to time: of the three most common sizes, and of the least and greatest latents and contexts."""
+    """Passes to time: of the three most common sizes, and of the least and greatest latents and pairs of them."""
     kinds: dict[tuple[int, int], list[Pass]] = {}
     for p in plan.passes:
-        kinds.setdefault((p.num_latents, p.num_context), []).append(p)
+        kinds.setdefault((p.num_latents, p.num_pairs), []).append(p)
     common = sorted(kinds, key=lambda kind: -len(kinds[kind]))[:3]
     extremes = [choose(kinds, key=key) for choose in (min, max) for key in (lambda k: k, lambda k: k[::-1])]
     return [kinds[kind][0] for kind in dict.fromkeys([*common, *extremes])]
 
 
 def _fit(cases: list[tuple[int, int]], times: list[float]) -> tuple[float, ...]:
-    """Coefficients of `fixed + per_latent n + per_pair n (n + c)`, none negative, least in relative error.
+    """Coefficients of `fixed + per_latent n + per_pair m`, none negative, least in relative error.
 
     The first case is the most common one, and counts as much as all others.
     """
     weights = np.ones(len(cases))
     weights[0] = max(1, len(cases) - 1)
-    rows = weights[:, None] * np.array([[1, n, n * (n + c)] for n, c in cases], float) / np.array(times)[:, None]
+    rows = weights[:, None] * np.array([[1, *case] for case in cases], float) / np.array(times)[:, None]
     used = [0, 1, 2]
     while True:
         found = np.linalg.lstsq(rows[:, used], weights, rcond=None)[0]
@@ -142,14 +142,14 @@ def _forward(part: DiT, run: Run, p: Pass) -> Callable[[], object]:
         x = new(1, p.num_latents, height // patch_height, width // patch_width, config.dim)
     heads = (height // patch_height * (width // patch_width), config.num_attention_heads, config.attention_head_dim)
     entries = {}
-    for piece in p.before + p.after:
+    for piece in p.reads:
         kv = KV(*(new(1, piece.stop - piece.start, *heads) for _ in range(2)))
         entries[piece.block, p.lane] = Entry(piece.step, piece.start, dict.fromkeys(part.layers, kv))
     cache, text = Cache(entries), part.text_features(new(1, TEXT_TOKENS, config.text_dim))
     timesteps = timesteps_of(p, torch.device(run.device))
 
     def forward() -> Cache:
-        _, features = part(x, timesteps, text, cache.context(p), keep=bool(p.writes))
+        _, features = part(x, timesteps, text, cache.contexts(p), keep=bool(p.writes))
         return cache.after(p, features)
 
     return forward

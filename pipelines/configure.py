@@ -78,12 +78,12 @@ def configure(
     device: str | None = None,
     dtype: str | None = None,
     vae_dtype: str | None = None,
-    **method_changes: int | float,
+    **method_changes: int | float | bool,
 ) -> Run:
     """Complete and check a request; what is left out takes the model's defaults, and one seed is chosen.
 
-    `method_changes` are those of `pipelines.methods` (num_steps, first_steps, lag, block_size, guidance_scale,
-    flow_shift). Raises ValueError for a request that cannot be met, with a value that works.
+    `method_changes` are those of `pipelines.methods` (num_steps, first_steps, lag, block_size, blocks_per_pass,
+    retire, guidance_scale, flow_shift). Raises ValueError for a request that cannot be met, with a value that works.
     """
     opened = open_folder(resolve_model(model))
     defaults = model_defaults(opened)
@@ -204,7 +204,7 @@ def frames_of_seconds(seconds: float, fps: int) -> int:
     return frames
 
 
-def _method(name: str, has_image: bool, changes: Mapping[str, int | float]) -> Method:
+def _method(name: str, has_image: bool, changes: Mapping[str, int | float | bool]) -> Method:
     """The method with its changes, those that schedules cannot take refused under the name that the user gave."""
     for steps in ("num_steps", "first_steps"):
         _whole(steps, changes.get(steps, 1), 1, NUM_TRAIN_TIMESTEPS)

@@ -74,6 +74,9 @@ def _add_video_flags(command: argparse.ArgumentParser) -> None:
     method.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
     method.add_argument("--flow-shift", type=float, metavar="S")
     method.add_argument("--block-size", type=int, metavar="N", help="latents in a block")
+    method.add_argument("--blocks-per-pass", type=int, metavar="N", help="blocks that go through the model together")
+    method.add_argument("--retire", action=argparse.BooleanOptionalAction, help="read a clean block once more for its "
+                        "features")  # fmt: skip
     method.add_argument("--lag", type=int, metavar="N", help="steps that a block is ahead of the next")
     method.add_argument("--seed", type=int, metavar="N", help="chosen and printed if left out")
     method.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N")

@@ -71,7 +71,7 @@ def _tokens(plan: Plan, shape: ModelShape) -> int:
 
 def _pairs(plan: Plan, shape: ModelShape) -> int:
     """Queries times keys, in one layer."""
-    return shape.tokens_per_latent**2 * sum(p.num_latents * (p.num_latents + p.num_context) for p in plan.passes)
+    return shape.tokens_per_latent**2 * sum(p.num_pairs for p in plan.passes)
 
 
 def _counts(run: Run, stage: Stage | None) -> dict[str, int]:

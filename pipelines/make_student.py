@@ -83,9 +83,18 @@ def result_of(request: TrainRequest) -> Path:
 
 def student_defaults(opened: Folder, method: Method) -> dict:
     """What `longvid.json` of a model says that was made of that folder's to be used by a method of few steps."""
-    defaults = {key: value for key, value in model_defaults(opened).items() if key != "changes"}
-    changes = {"changes": {"first_steps": FIRST_STEPS * method.num_steps}} if method.first_steps else {}
-    return {**defaults, **changes, "method": method.name, "name": f"{defaults.get('name', opened.path.name)}-fast"}
+    defaults = {**model_defaults(opened), "method": method.name}
+    defaults["name"] = f"{defaults.get('name', opened.path.name)}-fast"
+    of_teacher = defaults.pop("changes", {})
+    if method.first_steps:  # the rolling methods, which alone take these
+        together = min(of_teacher.get("blocks_per_pass", 1), max(1, method.num_steps // 2))  # a tick keeps two passes
+        retire = of_teacher.get("retire", method.retire)
+        defaults["changes"] = {
+            "first_steps": FIRST_STEPS * method.num_steps,
+            "blocks_per_pass": together,
+            "retire": retire,
+        }
+    return defaults
 
 
 def make_student(job: Student, engine: Engine = alone, *, is_first: bool = True) -> Iterator[dict]:

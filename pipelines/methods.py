@@ -13,8 +13,8 @@ from longvid.schedule import Noise, Solver
 
 
 def rolling(
-    *, num_steps: int = 16, first_steps: int = 0, lag: int = 1, block_size: int = 3, guidance_scale: float = 3.0,
-    flow_shift: float = 3.0,
+    *, num_steps: int = 16, first_steps: int = 0, lag: int = 1, block_size: int = 3, blocks_per_pass: int = 1,
+    retire: bool = True, guidance_scale: float = 3.0, flow_shift: float = 3.0,
 ) -> Method:  # fmt: skip
     """Ours: the rolling queue, causal, for models trained block-causally with staircases of levels.
 
@@ -22,23 +22,25 @@ def rolling(
     block is the first latent alone, a single frame to the VAE, and it is clean before another begins: what to show is
     settled there, how it moves after. It takes `first_steps` if they are more, since one latent costs little. New noise
     at each step, as in Self-Forcing (arXiv 2506.08009) and Rolling Forcing (arXiv 2509.25161), lets what went wrong be
-    put right.
+    put right. A clean block is read once more for its features, as there, unless the model does as well by those of its
+    last step: without `retire` a pass in `num_steps + 1` is saved.
     """
     return Method(
         name="rolling", kind=Kind.CAUSAL, block_size=block_size, first_block_size=1, num_steps=num_steps,
         lag=lag, first_steps=max(first_steps, num_steps), solver=Solver.RENOISE, level_rule=LevelRule.UNIFORM,
         flow_shift=flow_shift, guidance_scale=guidance_scale, sink=1, history=6, left=6, max_keys=7 + block_size,
-        retire=True,
+        blocks_per_pass=blocks_per_pass, retire=retire,
     )  # fmt: skip
 
 
 def rolling_fast(
-    *, num_steps: int = 4, first_steps: int = 0, lag: int = 1, block_size: int = 3, guidance_scale: float = 1.0,
-    flow_shift: float = 5.0,
+    *, num_steps: int = 4, first_steps: int = 0, lag: int = 1, block_size: int = 3, blocks_per_pass: int = 1,
+    retire: bool = True, guidance_scale: float = 1.0, flow_shift: float = 5.0,
 ) -> Method:  # fmt: skip
     """`rolling` for models distilled to few steps: no guidance, and the levels of Self-Forcing and Rolling Forcing."""
     method = rolling(num_steps=num_steps, first_steps=first_steps, lag=lag, block_size=block_size,
-                     guidance_scale=guidance_scale, flow_shift=flow_shift)  # fmt: skip
+                     blocks_per_pass=blocks_per_pass, retire=retire, guidance_scale=guidance_scale,
+                     flow_shift=flow_shift)  # fmt: skip
     return replace(method, name="rolling-fast")
 
 
@@ -128,7 +130,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 """Names on the command line."""
 
 
-def make_method(name: str, *, has_image: bool = False, **changes: int | float) -> Method:
+def make_method(name: str, *, has_image: bool = False, **changes: int | float | bool) -> Method:
     """The preset `name` with a user's changes. Raises ValueError for an unknown name or a change it does not take."""
     if name not in METHODS:
         raise ValueError(f"method {name!r} is unknown; the methods are {', '.join(METHODS)}")

@@ -53,9 +53,14 @@ def plan_text(plan: Plan) -> Iterator[str]:
 def pass_text(p: Pass) -> str:
     """One line for a pass."""
     parts = [f"tick {p.tick} lane {p.lane}:", " ".join(_piece(cover) for cover in p.covers)]
-    for mark, pieces in (("<", p.before), (">", p.after), ("writes", p.writes)):
-        if pieces:
-            parts.append(f"{mark} " + " ".join(_piece(piece) for piece in pieces))
+    for view in p.views:
+        which = f"{view.stop - view.own} of these, " if len(p.views) > 1 else ""
+        if view.before or which:
+            parts.append(f"< {which}" + " ".join(map(_piece, view.before)))
+        if view.after:
+            parts.append("> " + " ".join(map(_piece, view.after)))
+    if p.writes:
+        parts.append("writes " + " ".join(map(_piece, p.writes)))
     if p.updates:
         parts.append("updates " + " ".join(map(str, p.updates)))
     if p.emits:
@@ -81,8 +86,10 @@ def plan_json(plan: Plan) -> dict:
 
 
 def _pass_json(p: Pass) -> dict:
-    nested = {name: [piece._asdict() for piece in getattr(p, name)] for name in ("covers", "before", "after", "writes")}
-    return {**p._asdict(), **nested}
+    nested = {name: [piece._asdict() for piece in getattr(p, name)] for name in ("covers", "writes")}
+    views = [view._asdict() | {name: [piece._asdict() for piece in getattr(view, name)] for name in ("before", "after")}
+             for view in p.views]  # fmt: skip
+    return {**p._asdict(), **nested, "views": views}
 
 
 def _piece(piece: Cover | Slice) -> str:

@@ -87,13 +87,16 @@ class Copies:
         self.indices.append(index)
         self.places.extend(range(place, place + p.num_latents))
         self.seen.append(reads := [])
-        at = place - sum(piece.stop - piece.start for piece in p.before)
-        for piece in p.before + p.after:
-            if at == place:
-                at += p.num_latents
-            writer, offset = self._writer(index, piece)
-            reads.append((self._add(writer, at - offset), offset, offset + piece.stop - piece.start))
-            at += piece.stop - piece.start
+        for view in p.views:
+            rows = slice(view.start, view.stop)
+            reads.append((rows, number, view.own, view.stop))
+            at = place + view.own - sum(piece.stop - piece.start for piece in view.before)
+            for piece in view.before + view.after:
+                if at == place + view.own:
+                    at = place + view.stop
+                writer, offset = self._writer(index, piece)
+                reads.append((rows, self._add(writer, at - offset), offset, offset + piece.stop - piece.start))
+                at += piece.stop - piece.start
         return number
 
     def _writer(self, index: int, piece: Slice) -> tuple[int, int]:
@@ -114,9 +117,8 @@ class Copies:
         """True where a latent may see another."""
         mask = torch.zeros(len(self.places), len(self.places), dtype=torch.bool)
         for number, reads in enumerate(self.seen):
-            own = slice(self.starts[number], self.starts[number + 1])
-            mask[own, own] = True
-            for other, start, stop in reads:
+            for rows, other, start, stop in reads:
+                own = slice(self.starts[number] + rows.start, self.starts[number] + rows.stop)
                 mask[own, self.starts[other] + start : self.starts[other] + stop] = True
         return mask
 

@@ -29,6 +29,29 @@ class KV(NamedTuple):
         return KV(self.keys[:, start:stop], self.values[:, start:stop])
 
 
+class Sight(NamedTuple):
+    """What the latents `start` to `stop` of a pass see in one layer.
+
+    That are the features `before`, the pass's own of latents `own` to `stop`, and those `after`, one behind the other.
+    """
+
+    start: int
+    stop: int
+    own: int
+    before: Sequence[KV] = ()
+    after: Sequence[KV] = ()
+
+    @property
+    def num_before(self) -> int:
+        """Latents seen before the first that looks."""
+        return sum(kv.keys.shape[1] for kv in self.before) + self.start - self.own
+
+    @property
+    def num_latents(self) -> int:
+        """Latents seen in all."""
+        return self.num_before + self.stop - self.start + sum(kv.keys.shape[1] for kv in self.after)
+
+
 class Exchange:
     """Where attention finds the other tokens: here all are in one place already, and nothing moves.
 
@@ -111,6 +134,16 @@ def join(pieces: Sequence[KV], turn: Rotation) -> tuple[Tensor, Tensor]:
     if len(pieces) == 1:
         return rotate(keys[0], turn), values[0]
     return rotate(torch.cat(keys, 1), turn), torch.cat(values, 1)
+
+
+def look(query: Tensor, own: KV, sight: Sight, turn: Rotation, visible: "Tensor | BlockMask | None" = None) -> Tensor:
+    """Self-attention of those latents of a pass that a sight is for: queries (b, f, s, n, d) to (b, tokens, n, d).
+
+    `query` and `own` are of the whole pass; positions count from the first latent seen.
+    """
+    asked = query[:, sight.start : sight.stop].flatten(1, 2)
+    seen = [*sight.before, own.narrow(sight.own, sight.stop), *sight.after]
+    return attend(rotate(asked, turn, sight.num_before * query.shape[2]), *join(seen, turn), visible)
 
 
 def visible_in(mask: Tensor, tokens_per_latent: int, device: torch.device) -> "Tensor | BlockMask":

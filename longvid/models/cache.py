@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from longvid.models.attention import KV
+from longvid.models.attention import KV, Sight
 from longvid.passes import Pass, Slice
 
 Features = Mapping[int, KV]
@@ -16,13 +16,22 @@ Features = Mapping[int, KV]
 
 
 class Context(NamedTuple):
-    """What a pass attends to besides itself, by layer: features placed before its latents, and after them.
+    """What some latents of a pass attend to besides the pass's own, by layer: features placed before, and after.
 
-    They are in pieces, one behind the other, as they were left: attention puts them together.
+    They are in pieces, one behind the other, as they were left: attention puts them together. It is for the latents
+    `start` to `stop`, all by default, which see the pass's own from `own` to `stop`.
     """
 
     before: Mapping[int, Sequence[KV]] = {}
     after: Mapping[int, Sequence[KV]] = {}
+    start: int = 0
+    stop: int | None = None
+    own: int = 0
+
+    def in_layer(self, layer: int, num_latents: int) -> Sight:
+        """The same in one layer, of a pass of so many latents."""
+        stop = num_latents if self.stop is None else self.stop
+        return Sight(self.start, stop, self.own, self.before.get(layer, ()), self.after.get(layer, ()))
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,10 @@ class Cache:
 
     entries: Mapping[tuple[int, int], Entry] = field(default_factory=dict)
 
-    def context(self, p: Pass) -> Context:
-        """The features that pass `p` reads, in the plan's order."""
-        return Context(self._gather(p.before, p.lane), self._gather(p.after, p.lane))
+    def contexts(self, p: Pass) -> tuple[Context, ...]:
+        """The features that pass `p` reads, in the plan's order, for each of its views."""
+        return tuple(Context(self._gather(view.before, p.lane), self._gather(view.after, p.lane), *view[:3])
+                     for view in p.views)  # fmt: skip
 
     def after(self, p: Pass, features: Features) -> "Cache":
         """The cache once pass `p` has left the `features` of everything it covered."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from longvid.models.attention import KV, Exchange, Rotation, attend, join, rotate, rotation, visible_in
+from longvid.models.attention import KV, Exchange, Rotation, Sight, attend, look, rotation, visible_in
 from longvid.models.cache import Context, Features
 from longvid.types import Latents, Text, Timesteps
 
@@ -240,8 +240,7 @@ class Layer(nn.Module):
         x: Tensor,
         modulation: Tensor,
         text: tuple[Tensor, Tensor],
-        before: Sequence[KV],
-        after: Sequence[KV],
+        sights: Sequence[Sight],
         turn: Rotation,
         visible: "Tensor | BlockMask | None",
         exchange: Exchange = Exchange(),  # noqa: B008  it has no state
@@ -251,7 +250,7 @@ class Layer(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = table.unbind(2)
 
         normed = modulated(x, shift_attn, scale_attn, self.eps).type_as(x)
-        attended, features = self._self_attention(normed, before, after, turn, visible, exchange)
+        attended, features = self._self_attention(normed, sights, turn, visible, exchange)
         x = torch.addcmul(x.float(), attended.float(), gate_attn).type_as(x)
 
         normed = x if self.norm2 is None else self.norm2(x.to(self.norm2.weight.dtype)).type_as(x)
@@ -264,17 +263,15 @@ class Layer(nn.Module):
     def _self_attention(
         self,
         x: Tensor,
-        before: Sequence[KV],
-        after: Sequence[KV],
+        sights: Sequence[Sight],
         turn: Rotation,
         visible: "Tensor | BlockMask | None",
         exchange: Exchange,
     ) -> tuple[Tensor, KV]:
         query, keys, values = exchange.by_heads(*(y.flatten(2, 3) for y in self.attn1.query_key_value(x)))
         own = KV(keys, values)
-        start = sum(kv.keys.shape[1] for kv in before) * query.shape[2]
-        query = rotate(query.flatten(1, 2), turn, start)
-        out = attend(query, *join([*before, own, *after], turn), visible)
+        outs = [look(query, own, sight, turn, visible) for sight in sights]
+        out = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
         out = exchange.by_tokens(out.unflatten(1, (x.shape[1], -1)))
         return self.attn1.output(out).view_as(x), own
 
@@ -313,7 +310,7 @@ class DiT(nn.Module):
         x: Latents | Tensor,
         timesteps: Timesteps,
         text: TextFeatures,
-        context: Context = Context(),  # noqa: B008  an immutable value
+        contexts: Sequence[Context] = (Context(),),
         *,
         fps: int = 24,
         keep: bool = True,
@@ -324,24 +321,25 @@ class DiT(nn.Module):
 
         A part without the first layer takes hidden states (b, f, h, w, d), one without the last gives them.
         `timesteps` are 1000 sigma per latent, (b, f), or (b, 1) where they are all the same. `fps` matters only to
-        models with an fps embedding (16, or anything else: SkyReels-V2 DF-1.3B). Without `keep` the features are
-        dropped layer by layer and none are given: all of a joint window of a 14B model would be 42 GB. `mask` (latents,
-        latents), True where one may see another, or what is added to scores, (b, n, tokens, tokens) or broadcast to it,
-        is for training; inference needs none. With an `exchange` the latents (hidden states) are some rows of all, and
-        so is what comes out; features are of some heads.
+        models with an fps embedding (16, or anything else: SkyReels-V2 DF-1.3B). `contexts` say what the latents see,
+        some latents after the other. Without `keep` the features are dropped layer by layer and none are given: all of
+        a joint window of a 14B model would be 42 GB. `mask` (latents, latents), True where one may see another, or what
+        is added to scores, (b, n, tokens, tokens) or broadcast to it, is for training; inference needs none. With an
+        `exchange` the latents (hidden states) are some rows of all, and so is what comes out; features are of some
+        heads.
         """
         if self.is_first:
             x = rearrange(self.patch_embedding(x.to(self.proj_dtype)), "b d f h w -> b f h w d").contiguous()
         time, modulation = self._modulation(timesteps, fps, x.dtype)
         f, h, w = x.shape[1:4]
-        seen = sum(kv.keys.shape[1] for part in context if part for kv in next(iter(part.values())))
-        turn = rotation(f + seen, exchange.num_rows(h), w, self.config.attention_head_dim, x.device,
+        seen = max(context.in_layer(self.layers[0], f).num_latents for context in contexts)
+        turn = rotation(seen, exchange.num_rows(h), w, self.config.attention_head_dim, x.device,
                         torch.is_grad_enabled())  # fmt: skip
         visible = visible_in(mask, h * w, x.device) if mask is not None and mask.dtype == torch.bool else mask
         features = {}
         for i in self.layers:
-            before, after = context.before.get(i, ()), context.after.get(i, ())
-            x, left = self.blocks[str(i)](x, modulation, text[i], before, after, turn, visible, exchange)
+            sights = [context.in_layer(i, f) for context in contexts]
+            x, left = self.blocks[str(i)](x, modulation, text[i], sights, turn, visible, exchange)
             if keep:
                 features[i] = left
         return (self._unembed(x, time) if self.is_last else x), features

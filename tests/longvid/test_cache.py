@@ -8,7 +8,7 @@ import torch
 from longvid.method import Kind, LevelRule, Method
 from longvid.models.attention import KV
 from longvid.models.cache import Cache
-from longvid.passes import Cover, Pass, Slice
+from longvid.passes import Cover, Pass, Slice, View
 from longvid.plan import Plan, make_plan
 from longvid.sampler import noise_of, sample
 from longvid.schedule import Solver
@@ -40,8 +40,9 @@ def numbers(features: dict[int, list[KV]], layer: int = 0, part: str = "keys") -
     return [number for kv in features[layer] for number in getattr(kv, part)[0, :, 0, 0, 0].tolist()]
 
 
-def one_pass(*covers: Cover, **what: tuple) -> Pass:
-    return Pass(0, what.pop("lane", 0), covers, **what)
+def one_pass(*covers: Cover, lane: int = 0, before: tuple = (), after: tuple = (), writes: tuple = ()) -> Pass:
+    num_latents = sum(cover.stop - cover.start for cover in covers)
+    return Pass(0, lane, covers, (View(0, num_latents, before=before, after=after),), writes)
 
 
 # The cached run is the run that keeps nothing -------------------------------------------------------------------------
@@ -64,6 +65,8 @@ def largest_difference(method: Method, num_latents: int, ready: tuple[int, ...] 
     (replace(CAUSAL, lag=2, retire=False, solver=Solver.EULER), 7, (1,), 8),
     (replace(CAUSAL, lag=0, guidance_scale=1.0), 8, (), 8),
     (replace(CAUSAL, context_level=0.1, guidance_scale=1.0), 9, (1, 2), 16),
+    (replace(CAUSAL, blocks_per_pass=2), 8, (), 8),
+    (replace(CAUSAL, blocks_per_pass=3, lag=0, left=3, history=0, retire=False), 9, (1,), 12),
     (TWO_SIDED, 8, (), 3),
     (replace(TWO_SIDED, left=1, right=2, guidance_scale=2.0), 7, (1,), 3),
     (JOINT, 9, (), 14),
@@ -86,10 +89,10 @@ def test_writing_and_freeing_leave_the_old_cache_as_it_was():
     second = first.after(again, features_of(again, fill=10))
     gone = second.after(read[1]._replace(frees=(0,)), features_of(read[1]))
     assert not empty.entries and not gone.entries and gone.num_bytes() == 0
-    assert numbers(first.context(read[0]).before) == [0, 1]
-    assert numbers(second.context(read[1]).before) == [10, 11]
+    assert numbers(first.contexts(read[0])[0].before) == [0, 1]
+    assert numbers(second.contexts(read[1])[0].before) == [10, 11]
     with pytest.raises(KeyError):
-        gone.context(read[1])
+        gone.contexts(read[1])
 
 
 def test_a_pass_that_neither_writes_nor_frees_leaves_an_equal_cache_of_the_same_tensors():
@@ -103,12 +106,12 @@ def test_a_pass_that_neither_writes_nor_frees_leaves_an_equal_cache_of_the_same_
 def test_another_step_or_latents_that_are_not_kept_are_refused():
     p = one_pass(Cover(0, 1, 0, 4, 500.0), writes=(Slice(0, 1, 1, 3),))
     cache = Cache().after(p, features_of(p))
-    assert numbers(cache.context(one_pass(before=(Slice(0, 1, 2, 3),))).before) == [2]
+    assert numbers(cache.contexts(one_pass(before=(Slice(0, 1, 2, 3),)))[0].before) == [2]
     with pytest.raises(AssertionError, match="block 0 is kept at step 1, not 2"):
-        cache.context(one_pass(before=(Slice(0, 2, 1, 3),)))
+        cache.contexts(one_pass(before=(Slice(0, 2, 1, 3),)))
     for start, stop in ((0, 2), (2, 4), (0, 4)):
         with pytest.raises(AssertionError, match="latents 1 to 3 are kept"):
-            cache.context(one_pass(before=(Slice(0, 1, start, stop),)))
+            cache.contexts(one_pass(before=(Slice(0, 1, start, stop),)))
 
 
 def test_lanes_are_apart():
@@ -117,7 +120,7 @@ def test_lanes_are_apart():
         p = one_pass(Cover(0, 1, 0, 2, 500.0), lane=lane, writes=(Slice(0, 1, 0, 2),))
         cache = cache.after(p, features_of(p, fill=10 * lane))
     reads = [one_pass(lane=lane, before=(Slice(0, 1, 0, 2),)) for lane in (0, 1)]
-    assert [numbers(cache.context(p).before) for p in reads] == [[0, 1], [10, 11]]
+    assert [numbers(cache.contexts(p)[0].before) for p in reads] == [[0, 1], [10, 11]]
     freed = cache.after(reads[0]._replace(frees=(0,)), {})
     assert list(freed.entries) == [(0, 1)]
 
@@ -128,13 +131,13 @@ def test_slices_are_cut_by_their_place_in_the_pass_and_joined_in_the_plans_order
     cache = Cache().after(p, features_of(p))
     q = one_pass(Cover(0, 0, 0, 1, 999.0), writes=(Slice(0, 0, 0, 1),))
     cache = cache.after(q, features_of(q, fill=50))
-    context = cache.context(
+    (context,) = cache.contexts(
         one_pass(before=(Slice(5, 1, 1, 2), Slice(0, 0, 0, 1), Slice(5, 1, 0, 1)), after=(Slice(4, 1, 2, 3),))
     )
     assert numbers(context.before) == [2, 50, 1] and numbers(context.before, layer=1) == [102, 150, 101]
     assert numbers(context.before, part="values") == [-2, -50, -1]
     assert numbers(context.after) == [0]
-    empty = cache.context(one_pass())
+    (empty,) = cache.contexts(one_pass())
     assert empty.before == {} and empty.after == {}
 
 
@@ -157,9 +160,9 @@ def walk(plan: Plan) -> list[int]:
     """Bytes kept after each pass; what a pass reads is what the plan says."""
     cache, sizes = Cache(), []
     for p in plan.passes:
-        context = cache.context(p)
-        seen = sum(len(numbers(part)) for part in context if part)
-        assert seen == p.num_context
+        contexts = cache.contexts(p)
+        seen = [sum(len(numbers(part)) for part in context[:2] if part) for context in contexts]
+        assert seen == [view.num_context for view in p.views]
         cache = cache.after(p, features_of(p))
         sizes.append(cache.num_bytes())
         assert sizes[-1] == held_bytes(cache)
@@ -170,6 +173,7 @@ def walk(plan: Plan) -> list[int]:
 @pytest.mark.parametrize("method, latents", [
     (rolling(num_steps=4), 1 + 6 + 3 + 3),  # sink (whole blocks), history of the next tick's head, two neighbours
     (rolling(num_steps=4, lag=3), 1 + 6 + 3),
+    (rolling(num_steps=4, lag=3, retire=False), 1 + 6),
     (rolling(num_steps=4, lag=4, guidance_scale=1.0), 1 + 6),
     (dualparal(num_steps=5), 8),  # the first latents of the noisier neighbour
     (rolling_forcing(), 3 + 18),

@@ -145,7 +145,7 @@ class Run:
         assert all(before[1] == after[0] for before, after in pairwise(starts)), "a pass covers one stretch of time"
 
     def read(self, p):
-        for piece in p.before + p.after:
+        for piece in p.reads:
             kept = self.cache[piece.block, p.lane]
             assert kept.step == piece.step and kept.start <= piece.start < piece.stop <= kept.stop
 

@@ -48,12 +48,16 @@ def cases() -> dict[str, Case]:
     found["one-step"] = Case(plan=make_plan(rolling(num_steps=1), 10))
     for lag in (0, 2, 4):
         found[f"lag-{lag}"] = Case(plan=make_plan(rolling(num_steps=4, lag=lag), 12))
+    found["together"] = Case(plan=make_plan(rolling(num_steps=5, blocks_per_pass=2), 29))
+    found["together-extension"] = Case(
+        plan=make_plan(rolling(num_steps=4, blocks_per_pass=3), 22, (3, 3)), ready=(3, 3)
+    )
     found["windows"] = Case(plan=make_plan(replace(METHODS["skyreels-sync"](num_steps=3), window=8, overlap=3), 19))
     return found
 
 
 OF_BANDS = ("rolling-3", "rolling-1", "rolling-extension", "dualparal-3", "skyreels-async-3", "rolling-forcing-3",
-            "self-forcing-3", "one-block", "windows")  # fmt: skip
+            "self-forcing-3", "one-block", "windows", "together")  # fmt: skip
 
 
 def is_for(name: str, case: Case, sequence: int, lanes: int) -> bool:

@@ -66,11 +66,11 @@ def test_rolling_forcing_windows_and_timesteps():
 
 def test_rolling_forcing_keys():
     _, windows, _ = rolling_forcing_windows(14)
-    assert all(not p.before for p in windows[:5]), "while block 0 is in the window, keys are the window"
+    assert all(not p.reads for p in windows[:5]), "while block 0 is in the window, keys are the window"
     recent = [0, *[3] * 8, 6, 9, 12, 15]
     for w, p in enumerate(windows[5:], start=5):
         head, r = p.covers[0].block, recent[w - 5]
-        seen = [(s.block, s.step, latent) for s in p.before for latent in range(s.start, s.stop)]
+        seen = [(s.block, s.step, latent) for s in p.reads for latent in range(s.start, s.stop)]
         assert [block for block, _, _ in seen] == [0, 0, 0, *(b for b in range(head - r // 3, head) for _ in range(3))]
         assert {step for _, step, _ in seen} == {5}, "all of it clean"
         assert p.num_latents + p.num_context == (18 if w == 5 else 21)
@@ -83,7 +83,7 @@ def test_rolling_forcing_update_passes():
     for w, (p,) in enumerate(updates[5:], start=5):
         block = w - 5
         assert told(p) == (0,) and p.covers[0][:4] == (block, 5, 0, 3) and not p.covers[0].renoise
-        assert [s.block for s in p.before] == list(range(max(0, block - 6), block)), "18 before, without the sink"
+        assert [s.block for s in p.reads] == list(range(max(0, block - 6), block)), "18 before, without the sink"
     assert [p.num_latents for p in windows[:5]] == [3, 6, 9, 12, 15]
     assert all(p.num_latents + updates[w][0].num_latents == 18 for w, p in enumerate(windows[:14]) if w >= 5)
 
@@ -106,10 +106,8 @@ def test_self_forcing_is_four_steps_and_a_clean_pass_for_each_chunk():
     assert order == [(chunk, pytest.approx(t)) for chunk, t in expected], "the last chunk needs no clean pass"
     for p in plan.passes:
         chunk = p.covers[0].block
-        assert size(p.before) == min(18, 3 * chunk) and p.num_latents + p.num_context <= 21
-        assert [s.block for s in p.before] == list(range(max(0, chunk - 6), chunk)) and {s.step for s in p.before} <= {
-            4
-        }
+        assert size(p.reads) == min(18, 3 * chunk) and p.num_latents + p.num_context <= 21
+        assert [s.block for s in p.reads] == list(range(max(0, chunk - 6), chunk)) and {s.step for s in p.reads} <= {4}
 
 
 def test_self_forcing_by_single_latents():
@@ -142,9 +140,9 @@ def test_dualparal_passes(block_size, context, num_blocks):
                 (before,) = prefix
                 last = plan.block_sizes[own.block - 1]
                 assert before[:4] == (own.block - 1, own.step + 1, last - context, last), "one step cleaner"
-            assert (right is None) == (not p.after)
+            assert (right is None) == (not p.reads)
             if right:
-                assert p.after == ((own.block + 1, own.step - 1, 0, context),) == right.writes
+                assert p.reads == ((own.block + 1, own.step - 1, 0, context),) == right.writes
                 assert p.num_latents + p.num_context == block_size + 2 * context
 
 
@@ -157,7 +155,7 @@ def test_dualparal_mends_the_length_and_keeps_the_rest():
     short = make_plan(replace(method, num_steps=4), 35)
     assert short.block_sizes == (16, 8, 8, 3)
     assert {size(p.covers) for p in short.passes if p.covers[-1].block == 3} == {11}
-    assert {size(p.after) for p in short.passes if p.covers[-1].block == 2} == {0, 3}
+    assert {size(p.reads) for p in short.passes if p.covers[-1].block == 2} == {0, 3}
 
 
 # SkyReels-V2: arXiv 2504.13074 and its release ------------------------------------------------------------------------
@@ -255,7 +253,7 @@ def test_rolling_is_a_queue_of_lag_1_after_a_first_latent_with_one_pass_more_for
         assert all(a.block + 1 == b.block and a.step == b.step + 1 for a, b in pairwise(queue)), "head first"
     for p in plan.passes:
         start = plan.starts[p.covers[0].block]
-        seen = [plan.starts[s.block] + i for s in p.before for i in range(s.start, s.stop)]
+        seen = [plan.starts[s.block] + i for s in p.reads for i in range(s.start, s.stop)]
         assert seen == [*range(min(1, start)), *range(max(1, start - 6), start)]
 
 

@@ -41,7 +41,11 @@ def test_all_parts(tmp_path, monkeypatch, capsys):
     changed = {name.partition(".")[0] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"decoder"} or changed == {"decoder", "post_quant_conv"}
     defaults = json.loads((tmp_path / "tiny-fast" / "longvid.json").read_text())
-    assert defaults["method"] == "rolling-fast" and defaults["changes"] == {"first_steps": 24}
+    assert defaults["method"] == "rolling-fast" and defaults["changes"] == {
+        "first_steps": 24,
+        "blocks_per_pass": 2,
+        "retire": False,
+    }
     run(monkeypatch, *words)
     assert not capsys.readouterr().out  # nothing is done twice
     made = subprocess.run([sys.executable, "-m", "pipelines.cli", "generate", "--model", tmp_path / "tiny-fast",

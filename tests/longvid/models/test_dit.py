@@ -86,7 +86,8 @@ def test_context_as_features_is_context_as_latents_in_a_block_causal_mask():
     mask = ~(late[None, :] & ~late[:, None])
     expected, _ = model(latents, timesteps, words, mask=mask)
     _, kept = model(latents[:, :, :2], timesteps[:, :2], words)
-    velocity, _ = model(latents[:, :, 2:], timesteps[:, 2:], words, Context(before={i: [kv] for i, kv in kept.items()}))
+    velocity, _ = model(latents[:, :, 2:], timesteps[:, 2:], words,
+                        [Context(before={i: [kv] for i, kv in kept.items()})])  # fmt: skip
     assert (velocity - expected[:, :, 2:]).abs().max() <= TOLERANCE
 
 
@@ -97,7 +98,7 @@ def test_features_after_are_the_same_as_a_longer_window():
     words, timesteps = model.text_features(text), torch.full((1, 3), 300.0)
     _, whole = model(latents, timesteps, words)
     late = {i: [kv.narrow(2, 3)] for i, kv in whole.items()}
-    first, _ = model(latents[:, :, :2], timesteps[:, :2], words, Context(after=late))
+    first, _ = model(latents[:, :, :2], timesteps[:, :2], words, [Context(after=late)])
     expected, _ = model(latents, timesteps, words)
     assert (first - expected[:, :, :2]).abs().max() <= TOLERANCE
 
