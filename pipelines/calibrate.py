@@ -27,21 +27,22 @@ from pipelines.generate import decode, vae_of
 @dataclass(frozen=True, kw_only=True)
 class Care:
     """How long a calibration takes: the mean is of `repeats` calls at least, and of up to `REPEATS` within `short_s`
-    seconds; what most of a run is made of is timed over `long_s`. What the head does between passes is timed by the
-    first `rehearsed` of them."""
+    seconds; what most of a run is made of is timed over `long_s`. At most `kinds` of passes are timed, the most common
+    first, and what the head does between passes by the first `rehearsed` of them."""
 
     repeats: int
     short_s: float
     long_s: float
+    kinds: int
     rehearsed: int
 
 
 REPEATS = 5
-BRIEF = Care(repeats=1, short_s=0.04, long_s=0.0, rehearsed=40)
+BRIEF = Care(repeats=1, short_s=0.04, long_s=0.0, kinds=2, rehearsed=30)
 """To choose a layout."""
-LONG = Care(repeats=1, short_s=0.1, long_s=0.6, rehearsed=120)
+LONG = Care(repeats=1, short_s=0.1, long_s=0.6, kinds=7, rehearsed=120)
 """To predict how long a run takes that follows."""
-THOROUGH = Care(repeats=REPEATS, short_s=0.1, long_s=0.0, rehearsed=120)
+THOROUGH = Care(repeats=REPEATS, short_s=0.1, long_s=0.0, kinds=7, rehearsed=120)
 """To predict how long a run would take."""
 TEXT_TOKENS = 160
 LEAST_LAYERS, CACHED = 3, 64 * 2**20
@@ -84,7 +85,7 @@ def measured_costs(
     num_layers = open_folder(run.model).transformer["num_layers"]
     few, more = range(1), range(min(max(LEAST_LAYERS, CACHED // shape_of(run).layer_bytes), num_layers))
     parts = {layers: _part(run, layers) for layers in (few, more, range(num_layers - 1, num_layers))}
-    shown = _shown(plan)
+    shown = _shown(plan)[: care.kinds]
     layer, first, last = [], [], []
     for i, p in enumerate(shown):
         calls = [_forward(part, run, p) for part in parts.values()]
