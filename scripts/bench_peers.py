@@ -43,6 +43,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--flow-shift", type=float, default=3.0)
+    parser.add_argument("--blocks-per-pass", type=int, metavar="N", help="of the model's own method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each process")
     parser.add_argument("--repeats", type=int, default=1)
@@ -62,7 +63,8 @@ def requested(options: argparse.Namespace, case: str):
     if case == ALSO:
         return configure(model=options.also, **common)
     common["vae_dtype"] = "float32"  # as diffusers
-    method = {"method": "skyreels-sync"} if case == WINDOWS else {}
+    together = {"blocks_per_pass": options.blocks_per_pass} if options.blocks_per_pass else {}
+    method = {"method": "skyreels-sync"} if case == WINDOWS else together
     run = configure(model=options.model, num_steps=options.steps, guidance_scale=options.guidance_scale,
                     flow_shift=options.flow_shift, **method, **common)  # fmt: skip
     first_steps = min(run.method.first_steps, run.method.num_steps)
@@ -189,7 +191,8 @@ def run_together(options: argparse.Namespace, how: Together, file: Path) -> dict
     metrics = file.with_suffix(".metrics.json")
     method = [] if how.case == ALSO else [
         "--num-inference-steps", options.steps, "--guidance-scale", options.guidance_scale, "--flow-shift",
-        options.flow_shift, *(["--first-steps", options.steps] if run.method.first_steps else [])]  # fmt: skip
+        options.flow_shift, *(["--first-steps", options.steps] if run.method.first_steps else []),
+        *(["--blocks-per-pass", options.blocks_per_pass] if options.blocks_per_pass else [])]  # fmt: skip
     words = ["generate", "--model", run.model, "--prompt", run.prompt, "--num-frames", run.num_frames, "--seed",
              run.seed, "--device", "cpu", "--vae-dtype", run.vae_dtype, *method, "--nproc", num, "--threads",
              how.threads, *(word.format(nproc=num) for word in LAYOUTS[how.layout]), "--output",
