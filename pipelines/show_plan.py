@@ -29,10 +29,11 @@ def matrix_rows(plan: Plan) -> list[list[int]]:
 def plan_text(plan: Plan) -> Iterator[str]:
     """Lines of text for people."""
     method = plan.method
+    together = f", {method.blocks_per_pass} blocks a pass" if method.blocks_per_pass > 1 else ""
     has_own = method.first_steps and not plan.num_ready
     first = f" (the first block {method.first_steps}, before another begins)" if has_own else ""
     steps = f"{method.num_steps} steps{first}"
-    yield f"method {method.name}: {method.kind}, {steps}, lag {method.lag}, {method.num_lanes} lanes"
+    yield f"method {method.name}: {method.kind}, {steps}, lag {method.lag}, {method.num_lanes} lanes{together}"
     if plan.num_videos > 1:
         yield f"{plan.num_videos} videos; block b of video v, from 0, is number {plan.num_videos} b + v; together"
     yield f"{plan.num_frames} frames = {plan.num_latents} latents in blocks of {_runs(plan.block_sizes)}"
@@ -46,7 +47,7 @@ def plan_text(plan: Plan) -> Iterator[str]:
     yield f"matrix{of}: {len(rows)} rows (one per tick, and the end) x {len(rows[0])} blocks, steps taken"
     width = len(str(max(plan.schedule.num_steps, plan.first_schedule.num_steps)))
     yield from (f"{tick:5d} | " + " ".join(f"{step:{width}d}" for step in row) for tick, row in enumerate(rows))
-    yield f"passes: {len(plan.passes)}  (block@step[latents], < context before, > context after)"
+    yield f"passes: {len(plan.passes)}  (block@step[latents], < context before, + latents of these, > context after)"
     yield from map(pass_text, plan.passes)
 
 
@@ -54,9 +55,9 @@ def pass_text(p: Pass) -> str:
     """One line for a pass."""
     parts = [f"tick {p.tick} lane {p.lane}:", " ".join(_piece(cover) for cover in p.covers)]
     for view in p.views:
-        which = f"{view.stop - view.own} of these, " if len(p.views) > 1 else ""
-        if view.before or which:
-            parts.append(f"< {which}" + " ".join(map(_piece, view.before)))
+        own = [f"+{view.stop - view.own}"] if len(p.views) > 1 else []
+        if view.before or own:
+            parts.append("< " + " ".join([*map(_piece, view.before), *own]))
         if view.after:
             parts.append("> " + " ".join(map(_piece, view.after)))
     if p.writes:
