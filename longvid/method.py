@@ -77,8 +77,7 @@ class Method:
             if not isinstance(value, names):
                 raise ValueError(f"{name}={value!r} must be a {names.__name__}: {', '.join(names)}")
         least = {"block_size": 1, "first_block_size": 1, "num_steps": 1, "blocks_per_pass": 1}
-        for name in (*least, "lag", "first_steps", "sink", "history", "left", "right", "max_keys", "window", "overlap",
-                     "blocks_per_pass"):  # fmt: skip
+        for name in (*least, "lag", "first_steps", "sink", "history", "left", "right", "max_keys", "window", "overlap"):
             low = least.get(name, 0)
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:

@@ -19,10 +19,8 @@ def test_windows_are_those_that_diffusers_is_asked_for():
         assert getattr(method, name) == getattr(own.method, name)
     assert (windows.prompt, windows.num_frames, windows.seed) == (own.prompt, own.num_frames, own.seed)
     options.blocks_per_pass = 3
-    assert [PEERS["requested"](options, case).method.blocks_per_pass for case in (PEERS["WINDOWS"], PEERS["OWN"])] == [
-        1,
-        3,
-    ]
+    together = [PEERS["requested"](options, PEERS[case]).method.blocks_per_pass for case in ("WINDOWS", "OWN")]
+    assert together == [1, 3]
     assert {run.dtype for run in (windows, own)} == {run.vae_dtype for run in (windows, own)} == {"float32"}
 
 
