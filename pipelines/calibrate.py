@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from longvid.checkpoints.diffusers_folder import load_dit, open_folder
+from longvid.checkpoints.diffusers_folder import open_folder
 from longvid.models.attention import KV
 from longvid.models.cache import Cache, Entry
 from longvid.models.dit import DiT
-from longvid.models.packed import pack
 from longvid.models.vae_config import VAEConfig
 from longvid.passes import Pass
 from longvid.plan import Plan
@@ -21,7 +20,7 @@ from longvid.sampler import Point, Queue, noise_of, sample, timesteps_of
 from longvid.types import Latents
 from parallel.cost import Costs, ModelShape
 from pipelines.configure import Run
-from pipelines.generate import decode, vae_of
+from pipelines.generate import decode, dit_of, vae_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ def measured_costs(
     """
     num_layers = open_folder(run.model).transformer["num_layers"]
     few, more = range(1), range(min(max(LEAST_LAYERS, CACHED // shape_of(run).layer_bytes), num_layers))
-    parts = {layers: _part(run, layers) for layers in (few, more, range(num_layers - 1, num_layers))}
+    parts = {layers: dit_of(run, layers) for layers in (few, more, range(num_layers - 1, num_layers))}
     shown = _shown(plan)[: care.kinds]
     layer, first, last = [], [], []
     for i, p in enumerate(shown):
@@ -127,10 +126,6 @@ def _fit(cases: list[tuple[int, int]], times: list[float]) -> tuple[float, ...]:
     coefficients = np.zeros(3)
     coefficients[used] = np.maximum(found, 0)
     return tuple(map(float, coefficients))
-
-
-def _part(run: Run, layers: range) -> DiT:
-    return pack(load_dit(open_folder(run.model), getattr(torch, run.dtype), run.device, layers).eval())
 
 
 def _forward(part: DiT, run: Run, p: Pass) -> Callable[[], object]:

@@ -72,7 +72,7 @@ def _request(options: argparse.Namespace) -> dict:
     """What the user gave of a video, without what was left out."""
     names = ("model", "prompt", "negative_prompt", "image", "seconds", "num_frames", "fps", "height", "width",
              "method", "num_steps", "first_steps", "guidance_scale", "flow_shift", "block_size", "blocks_per_pass",
-             "retire", "lag", "seed", "device", "dtype", "vae_dtype")  # fmt: skip
+             "retire", "lag", "seed", "device", "dtype", "vae_dtype", "compile")  # fmt: skip
     given = {name: getattr(options, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 

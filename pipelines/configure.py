@@ -46,6 +46,7 @@ class Run:
     device: str
     dtype: str
     vae_dtype: str
+    compile: bool = False
 
     @property
     def num_latents(self) -> int:
@@ -78,6 +79,7 @@ def configure(
     device: str | None = None,
     dtype: str | None = None,
     vae_dtype: str | None = None,
+    compile: bool = False,
     **method_changes: int | float | bool,
 ) -> Run:
     """Complete and check a request; what is left out takes the model's defaults, and one seed is chosen.
@@ -105,11 +107,13 @@ def configure(
         read_image(image, height, width)
     device, dtype = choose_device(device, dtype)
     vae_dtype = choose_vae_dtype(device, vae_dtype)
+    if compile and device == "cpu":
+        raise ValueError("compile is for GPUs, on a CPU it gains nothing; leave --compile out")
     return Run(
         model=opened.path, prompt=prompt, negative_prompt=negative_prompt or "", image=Path(image) if image else None,
         num_frames=frames, fps=fps, height=height, width=width, method=chosen,
         seed=secrets.randbelow(2**31) if seed is None else _whole("seed", seed, 0), device=device, dtype=dtype,
-        vae_dtype=vae_dtype,
+        vae_dtype=vae_dtype, compile=compile,
     )  # fmt: skip
 
 

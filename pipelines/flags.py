@@ -82,6 +82,8 @@ def _add_video_flags(command: argparse.ArgumentParser) -> None:
     method.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N")
     method.add_argument("--dtype", metavar="T", help="float32 or bfloat16")
     method.add_argument("--vae-dtype", metavar="T", help="in which latents are decoded: float32 or bfloat16")
+    method.add_argument("--compile", action="store_true", default=None, help="on a GPU: compile what is done to each "
+                        "token alone, for faster passes")  # fmt: skip
 
 
 def _add_output_flags(command: argparse.ArgumentParser) -> None:

@@ -81,7 +81,7 @@ def load_models(run: Run, stage: Stage | None = None, texts: tuple[Text, ...] = 
     """
     folder = open_folder(run.model)
     states = texts or encode_prompts(run)
-    dit = load_dit(folder, getattr(torch, run.dtype), run.device, stage.layers if stage else None).eval()
+    dit = dit_of(run, stage.layers if stage else None)
     vae = vae_of(run) if stage is None or stage.is_head else None
     vae_back = vae_of(run, back_alone=True) if stage and stage.decoding and not stage.is_head else None
     features = lru_cache(TEXTS_KEPT)(torch.no_grad()(lambda which: dit.text_features(states[which].to(run.device))))
@@ -90,8 +90,18 @@ def load_models(run: Run, stage: Stage | None = None, texts: tuple[Text, ...] = 
     size = (dit.config.in_channels, run.height // factor, run.width // factor)
     read = stored_bytes(folder, "transformer", dit)
     read += sum(stored_bytes(folder, "vae", part) for part in (vae, vae_back) if part)
-    return Models(dit=pack(dit), vae=vae, vae_back=vae_back, text=text, latent_size=size, bytes_read=read,
+    return Models(dit=dit, vae=vae, vae_back=vae_back, text=text, latent_size=size, bytes_read=read,
                   stage=stage)  # fmt: skip
+
+
+def dit_of(run: Run, layers: range | None = None) -> DiT:
+    """The folder's DiT, or those layers of it, ready to run: packed on a CPU, compiled if that is asked for."""
+    dit = pack(load_dit(open_folder(run.model), getattr(torch, run.dtype), run.device, layers).eval())
+    if run.compile:
+        from longvid.models.compiled import compile_token_wise  # loads a compiler
+
+        compile_token_wise(dit)
+    return dit
 
 
 def vae_of(run: Run, *, back_alone: bool = False) -> VAE:

@@ -11,8 +11,9 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipelines.optimizers import is_matrix
+from pipelines.optimizers import is_matrix, leave_out_cudnn_attention
 
 WARM_UP_STEPS = 100
 
@@ -28,6 +29,7 @@ class GraphTraining:
         self, model: nn.Module, loss: Callable[[], Tensor], *, learning_rate: float, ema_decay: float,
         follower: nn.Module | None = None, has_graph: bool = True, look_every: int = 250,
     ):  # fmt: skip
+        leave_out_cudnn_attention()
         self.loss, self.learning_rate, self.ema_decay = loss, learning_rate, ema_decay
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.trained = list(trained.values())
@@ -44,8 +46,9 @@ class GraphTraining:
         self.has_graph, self.graph = has_graph and is_on_gpu, None
         self.look_every = look_every
 
-    def run(self, seconds: float) -> Iterator[dict]:
-        """Train for so long, at least two steps, yielding records: a linear warm-up, then a cosine down to nothing.
+    def run(self, seconds: float, last: float = 0.0) -> Iterator[dict]:
+        """Train for so long, at least two steps, yielding records: a linear warm-up, then a cosine down to the `last`
+        share of the rate.
 
         How many steps that will be is known from those that were taken.
         """
@@ -53,7 +56,7 @@ class GraphTraining:
         self._capture()
         start = perf_counter()
         while done < num_steps:
-            share = 0.5 + 0.5 * math.cos(math.pi * done / num_steps)
+            share = last + (1 - last) * (0.5 + 0.5 * math.cos(math.pi * done / num_steps))
             self.rate.fill_(self.learning_rate * share * min(1.0, (done + 1) / WARM_UP_STEPS))
             self._compute() if self.graph is None else self.graph.replay()
             done += 1
@@ -63,6 +66,15 @@ class GraphTraining:
                 now = perf_counter()
                 num_steps = max(done, int((seconds - (start - begun)) * done / (now - start)))
                 yield {"step": done, "of": num_steps, "loss": loss, "seconds": now - begun}
+
+    def agreement(self) -> float:
+        """The cosine between the gradients of a step's loss and those that torch finds for it plainly: not compiled,
+        attention written out."""
+        with torch.random.fork_rng():
+            found = self._gradients()
+        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+            plain = self._gradients()
+        return torch.nn.functional.cosine_similarity(found, plain, 0).item()
 
     @torch.no_grad()
     def put_averages(self) -> None:
@@ -83,6 +95,10 @@ class GraphTraining:
         with torch.cuda.graph(self.graph):
             self._compute()
         self.sum.zero_()
+
+    def _gradients(self) -> Tensor:
+        gradients = torch.autograd.grad(self.loss(), self.trained)
+        return torch.cat([g.flatten().float() for g in gradients])
 
     def _compute(self) -> None:
         for p in self.trained:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.engine import Alone, Loss
-from pipelines.optimizers import LoopConfig, share_at
+from pipelines.optimizers import LoopConfig, leave_out_cudnn_attention, share_at
 from pipelines.training_log import TrainingLog
 
 __all__ = ["Check", "Engine", "LoopConfig", "alone", "optimise"]
@@ -54,6 +54,7 @@ def optimise(
     checkpoint stays. Raises ValueError if `resume` finds a checkpoint of another configuration.
     """
     config.out.mkdir(parents=True, exist_ok=True)
+    leave_out_cudnn_attention()
     engine = engine(model, loss_at, config)
     ema = {name: value.float().clone() for name, value in engine.trained.items()}
     about = {**_comparable(config), **options}

@@ -98,6 +98,15 @@ def warmed_cosine(step: int, config: LoopConfig) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def leave_out_cudnn_attention() -> None:
+    """From here on this process attends by other kernels than cuDNN's, torch's first choice on Hopper and later GPUs.
+
+    Its gradients in bfloat16 are wrong at some shapes (torch 2.11 to 2.13: pytorch issue 196678, kyutai-labs/pocket-tts
+    pull request 264); what it says without gradients is right.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def share_at(step: int, config: LoopConfig) -> float:
     """Share of the learning rate by the schedule of that name; both warm up."""
     if config.schedule == CONSTANT:

@@ -4,14 +4,14 @@ The same three kinds of batches as `pipelines/train_dit.py` makes on the host, a
 read from the device or sent to it, so a step can be a CUDA graph.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longvid.flow import add_noise
+from longvid.flow import add_noise, denoise
 from longvid.levels import LevelSampler, block_causal_mask
 from longvid.models.attention import visible_in
 from longvid.models.dit import DiT
@@ -43,7 +43,8 @@ class StepSizes:
     """What a step holds: films whose first latent is seen at `COPIES` levels, openings, and long clips of both masks.
 
     `weights` are those of the losses of pictures, openings and long clips. `recalled_share` of the long clips see their
-    context as a model makes it out, `untold_share` of these as it does without their text.
+    context as a model makes it out, `untold_share` of these as it does without their text. Kinds of which no films
+    are there are left out.
     """
 
     pictures: int = 128
@@ -93,7 +94,9 @@ class ResidentFilms:
     def __init__(self, sets: Mapping[str, Mapping], encoder: TextEncoder, config: DiTTraining, sizes: StepSizes):
         device = config.device
         self.config, self.sizes = config, sizes
-        self.sets = {name: FilmSetOnDevice(found, encoder, device) for name, found in sets.items()}
+        self.encoder, self.sets = encoder, {}
+        for name, found in sets.items():
+            self.add(name, found)
         self.no_text = encoder("").to(device).bfloat16()
         rng = np.random.default_rng(config.loop.seed)
         mixed = [LevelSampler.IID if rng.uniform() >= config.staircase_share else config.levels for _ in range(ROWS)]
@@ -105,6 +108,17 @@ class ResidentFilms:
         masks = (bias(block_causal_mask(CLIP_BLOCKS)), bias(torch.ones(len(block), len(block), dtype=torch.bool)))
         counts = (sizes.causal, sizes.joint)
         self.clip_mask = torch.cat([m.repeat(n, 1, 1, 1) for m, n in zip(masks, counts, strict=True)]).to(device)
+
+    def add(self, name: str, found: Mapping) -> None:
+        """One more set, of that name."""
+        self.sets[name] = FilmSetOnDevice(found, self.encoder, self.config.device)
+
+    def kinds(self) -> list[tuple[Callable[[], tuple[Batch, Text]], float]]:
+        """What draws a batch of each kind of which there are films, and the weight of its loss."""
+        every = zip(
+            (PICTURES, OPENINGS, LONG), (self.pictures, self.openings, self.clips), self.sizes.weights, strict=True
+        )
+        return [(draw, weight) for films, draw, weight in every if films.name in self.sets]
 
     def pictures(self) -> tuple[Batch, Text]:
         """First latents, each at levels that are spread evenly."""
@@ -162,7 +176,7 @@ def step_loss(dit: DiT, films: ResidentFilms, recaller: DiT, teacher: Teacher | 
     """The loss of a step: the three kinds' means over the latents that count, weighted."""
     config, sizes, total = films.config, films.sizes, 0.0
     first_weight = torch.ones(dit.config.in_channels, device=films.no_text.device)
-    for kind, weight in zip((films.pictures, films.openings, films.clips), sizes.weights, strict=True):
+    for kind, weight in films.kinds():
         batch, states = kind()
         if kind == films.clips and sizes.recalled_share:
             known = films.without_some(states, sizes.untold_share)
@@ -174,18 +188,23 @@ def step_loss(dit: DiT, films: ResidentFilms, recaller: DiT, teacher: Teacher | 
 
 
 def recalled(batch: Batch, states: Text, dit: DiT, config: DiTTraining, share: float) -> Batch:
-    """The batch, in a share of whose clips the context is as a model makes it out in one step from noise.
+    """The batch, in whose first clips, so large a share, the context is as a model makes it out in one step from noise.
 
     What a model has made is never quite right, and what goes on from it should not go on with its mistakes: made out
     without its text, a thing has often the outline of another. `dit` has no gradient.
     """
-    level = 0.2 + 0.6 * torch.rand(len(batch.clean), 1, device=batch.clean.device)
-    levels = level.expand_as(batch.levels)
-    noisy = add_noise(batch.clean, torch.randn_like(batch.clean), levels)
-    velocity = velocity_of(dit, replace(batch, levels=levels), noisy, states, dtype=config.dtype, fps=config.fps)
-    is_chosen = (torch.rand(len(batch.clean), 1, device=batch.clean.device) < share) & (batch.levels <= CLEAN)
-    guess = noisy - level[:, None, :, None, None] * velocity
-    return replace(batch, clean=torch.where(is_chosen[:, None, :, None, None], guess, batch.clean))
+    count = round(share * len(batch.clean))
+    if not count:
+        return batch
+    clean, mask = batch.clean[:count], None if batch.mask is None else batch.mask[:count]
+    level = 0.2 + 0.6 * torch.rand(count, 1, device=clean.device)
+    levels = level.expand(-1, clean.shape[2])
+    noisy = add_noise(clean, torch.randn_like(clean), levels)
+    batch_seen = Batch(clean=clean, captions=[], levels=levels, counts=batch.counts[:count], mask=mask)
+    velocity = velocity_of(dit, batch_seen, noisy, states[:count], dtype=config.dtype, fps=config.fps)
+    is_context = (batch.levels[:count] <= CLEAN)[:, None, :, None, None]
+    guess = torch.where(is_context, denoise(noisy, velocity, levels), clean)
+    return replace(batch, clean=torch.cat([guess, batch.clean[count:]]))
 
 
 def _to_device(rows: list[np.ndarray], device: str) -> Tensor:

@@ -1,15 +1,17 @@
 """Train the models in the box on with one GPU, in minutes: python scripts/train_on_gpu.py DIR.
 
 Parts, each kept in DIR and not done again: `films` are drawn on all cores and encoded; `decoder` is the VAE's; `tiny`
-and `tiny-fast` are model folders. All begin as the model that is given. `--only` does some alone: films and decoder,
-say, beside each other in two processes. What is learned is what `longvid train decoder` and `longvid train dit` teach;
-here films stay on the GPU and a step is one CUDA graph. At last each model learns from pictures that it makes itself
-and the oracle grades (`--graded`). Linux only. Without a GPU: scripts/train_tiny.sh.
+and `tiny-fast` are model folders. All begin as the model that is given, but with `--new` tiny's DiT begins anew.
+`--only` does some alone, so that two processes can do them beside each other: what needs films that are not there yet
+waits for them. What is learned is what `longvid train decoder` and `longvid train dit` teach; here films stay on the
+GPU and a step is one CUDA graph. At last each model learns from pictures that it makes itself and the oracle grades
+(`--graded`). Linux only. Without a GPU: scripts/train_tiny.sh.
 """
 
 import argparse
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -33,12 +35,16 @@ from pipelines.methods import make_method
 from pipelines.optimise import LoopConfig
 from pipelines.resident_films import ResidentFilms, StepSizes, step_loss
 from pipelines.train_decoder import DecoderTraining, decoder_loss
-from pipelines.train_dit import DiTTraining, Teacher, prepare
+from pipelines.train_dit import DiTTraining, Teacher, new_dit, prepare
 
 PARTS = ("films", "decoder", "tiny", "tiny-fast")
 DECODED_LATENTS = 15
 DECODED_AT_ONCE = 16
 GUIDANCE = 3.0
+LONGEST_WAIT = 600
+"""Seconds for which films of another process are waited for."""
+LEAST_AGREEMENT = 0.9
+"""Cosine of a step's gradients to those found plainly; bfloat16 takes it to 0.99."""
 GRADED_EVERY, GRADED_RATE = 30, 5e-4
 """Steps after which a model makes new pictures to be graded, and how fast it learns from them."""
 
@@ -46,12 +52,10 @@ GRADED_EVERY, GRADED_RATE = 30, 5e-4
 def make_films(options: argparse.Namespace, vae: VAE) -> None:
     """Draw and encode pictures, openings and long films."""
     sets = dict(zip((PICTURES, OPENINGS, LONG), options.films, strict=True))
-    found = {}
     for name, films in draw_and_encode(vae, sets, seed=options.seed, workers=options.workers,
                                        seconds=options.seconds[0], spins=options.spins):  # fmt: skip
-        found[name] = films
+        save(films, options.dir / f"{name}.pt")
         print(f"{name}: {len(films['latents'])} films", flush=True)
-    save(found, options.dir / "films.pt")
 
 
 def train_decoder(options: argparse.Namespace, vae: VAE) -> None:
@@ -84,29 +88,40 @@ def train_decoder(options: argparse.Namespace, vae: VAE) -> None:
 
 def train_dit(options: argparse.Namespace, name: str, folder: Folder) -> None:
     """`tiny` learns from films, `tiny-fast` what the model that it begins as says with guidance."""
-    dit = load_dit(folder, torch.float32, options.device).train().requires_grad_(True)
+    dit = load_dit(folder, torch.float32, options.device)
     text = TextEncoder.load(folder.path, torch.float32, options.device)
     is_fast = name == "tiny-fast"
     config = DiTTraining(loop=loop(options, 5e-4 if is_fast else 2e-3), fps=16, device=options.device,
                          compile=options.device != "cpu", teacher_guidance=GUIDANCE if is_fast else 0.0)  # fmt: skip
+    is_new = options.new and not is_fast
+    dit = (new_dit(config).to(options.device) if is_new else dit).train().requires_grad_(True)
     frozen = deepcopy(dit).requires_grad_(False)
     if is_fast and options.student:
         add_lesson(dit, options)
     for model in (dit, frozen):
         prepare(model, config)
     torch.manual_seed(options.seed + 2 + is_fast)
-    sets = torch.load(options.dir / "films.pt", weights_only=True, mmap=True)
-    films = ResidentFilms(sets, text, config, StepSizes().scaled(options.scale))
+    films = ResidentFilms({name: load(options.dir / f"{name}.pt") for name in (PICTURES.name, OPENINGS.name)}, text,
+                          config, StepSizes().scaled(options.scale))  # fmt: skip
     teacher = Teacher(dit=frozen, no_text=films.no_text, scale=GUIDANCE) if is_fast else None
 
     def film_loss() -> Tensor:
         return step_loss(dit, films, frozen, teacher)
 
-    training = GraphTraining(dit, film_loss, learning_rate=config.loop.learning_rate,
-                             ema_decay=0.998 if is_fast else 0.999,
-                             follower=None if is_fast else frozen)  # fmt: skip
-    report(name, training.run(options.seconds[3 if is_fast else 2]), film_loss)
-    training.put_averages()
+    def learn(seconds: float, last: float = 0.0) -> None:
+        training = GraphTraining(dit, film_loss, learning_rate=config.loop.learning_rate,
+                                 ema_decay=0.998 if is_fast else 0.999,
+                                 follower=None if is_fast else frozen)  # fmt: skip
+        if (found := training.agreement()) < LEAST_AGREEMENT:
+            sys.exit(f"{name}: the gradients that this GPU finds are not those that torch finds plainly (cosine "
+                     f"{found:.2f}): a kernel is wrong; another version of torch may do")  # fmt: skip
+        report(name, training.run(seconds, last), film_loss)
+        training.put_averages()
+
+    if is_new:
+        learn(options.new, last=1.0)
+    films.add(LONG.name, load(options.dir / f"{LONG.name}.pt"))
+    learn(options.seconds[3 if is_fast else 2])
     defaults = student_defaults(folder, make_method("rolling-fast")) if is_fast else folder.longvid
     vae = decoder_of(options, folder)
     if options.graded:
@@ -177,6 +192,19 @@ def report(name: str, records: Iterator[dict], loss: Callable[[], Tensor]) -> No
                      "more time.")  # fmt: skip
 
 
+def load(path: Path) -> dict:
+    """Films of a set, once they are there."""
+    waited = 0
+    while not path.exists():
+        if not waited:
+            print(f"waiting for {path.name}", flush=True)
+        if waited == LONGEST_WAIT:
+            sys.exit(f"{path} is not there after {LONGEST_WAIT} s: is another process making films? --only films does")
+        time.sleep(1)
+        waited += 1
+    return torch.load(path, weights_only=True, mmap=True)
+
+
 def save(found: dict, path: Path) -> None:
     """Write aside and rename."""
     aside = path.with_suffix(".part")
@@ -191,6 +219,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, metavar="PART",
                         help=f"some of {', '.join(PARTS)} (default: all)")  # fmt: skip
     parser.add_argument("--model", type=Path, default=BASE, help="folder to begin with (default: tiny in the box)")
+    parser.add_argument("--new", type=float, default=0, metavar="S",
+                        help="tiny's DiT begins anew, for S seconds with pictures and openings alone")  # fmt: skip
     parser.add_argument("--student", type=Path, metavar="DIR",
                         help="a student of --model: tiny-fast begins with what it had learned beside that")  # fmt: skip
     parser.add_argument("--seconds", type=float, nargs=4, default=(75, 145, 210, 80), metavar="S",
@@ -212,7 +242,7 @@ def main() -> None:
     options.dir.mkdir(parents=True, exist_ok=True)
     folder = open_folder(options.model)
     parts = {
-        "films": ("films.pt", lambda: make_films(options, load_vae(folder, torch.float32, options.device))),
+        "films": (f"{LONG.name}.pt", lambda: make_films(options, load_vae(folder, torch.float32, options.device))),
         "decoder": ("decoder.pt", lambda: train_decoder(options, load_vae(folder, torch.float32, options.device))),
         "tiny": ("tiny", lambda: train_dit(options, "tiny", folder)),
         "tiny-fast": ("tiny-fast", lambda: train_dit(options, "tiny-fast", open_folder(options.dir / "tiny"))),

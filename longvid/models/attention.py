@@ -128,22 +128,29 @@ def rotate(x: Tensor, turn: Rotation, start: int = 0) -> Tensor:
     return torch.view_as_real(pairs * turn.turn[start:stop]).flatten(-2).type_as(x)
 
 
-def join(pieces: Sequence[KV], turn: Rotation) -> tuple[Tensor, Tensor]:
+Rotate = Callable[[Tensor, Rotation, int], Tensor]
+"""`rotate`, or what does the same."""
+
+
+def join(pieces: Sequence[KV], turn: Rotation, by: Rotate = rotate) -> tuple[Tensor, Tensor]:
     """Features one behind the other, the keys turned by their place among them: each (b, tokens, n, d)."""
     keys, values = ([part.flatten(1, 2) for part in parts] for parts in zip(*pieces, strict=True))
     if len(pieces) == 1:
-        return rotate(keys[0], turn), values[0]
-    return rotate(torch.cat(keys, 1), turn), torch.cat(values, 1)
+        return by(keys[0], turn, 0), values[0]
+    return by(torch.cat(keys, 1), turn, 0), torch.cat(values, 1)
 
 
-def look(query: Tensor, own: KV, sight: Sight, turn: Rotation, visible: "Tensor | BlockMask | None" = None) -> Tensor:
+def look(
+    query: Tensor, own: KV, sight: Sight, turn: Rotation, visible: "Tensor | BlockMask | None" = None,
+    by: Rotate = rotate,
+) -> Tensor:  # fmt: skip
     """Self-attention of those latents of a pass that a sight is for: queries (b, f, s, n, d) to (b, tokens, n, d).
 
     `query` and `own` are of the whole pass; positions count from the first latent seen.
     """
     asked = query[:, sight.start : sight.stop].flatten(1, 2)
     seen = [*sight.before, own.narrow(sight.own, sight.stop), *sight.after]
-    return attend(rotate(asked, turn, sight.num_before * query.shape[2]), *join(seen, turn), visible)
+    return attend(by(asked, turn, sight.num_before * query.shape[2]), *join(seen, turn, by), visible)
 
 
 def visible_in(mask: Tensor, tokens_per_latent: int, device: torch.device) -> "Tensor | BlockMask":

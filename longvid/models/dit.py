@@ -8,16 +8,16 @@ Axes: b batch, f latents, h and w patches, d model width, l text tokens. Hidden 
 so geometry travels with them. Modulation stays per latent, (b, f, 6, d), and is broadcast over its tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from longvid.models.attention import KV, Exchange, Rotation, Sight, attend, look, rotation, visible_in
+from longvid.models.attention import KV, Exchange, Rotate, Rotation, Sight, attend, look, rotate, rotation, visible_in
 from longvid.models.cache import Context, Features
 from longvid.types import Latents, Text, Timesteps
 
@@ -223,6 +223,25 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, size, eps=eps), 1 + scale)
 
 
+def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """x + update * gate, of (b, f or 1, 1, 1, d), in float32; in x's dtype."""
+    return torch.addcmul(x.float(), update.float(), gate).type_as(x)
+
+
+def normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Layer norm in the dtype of its weight; in x's dtype."""
+    return norm(x.to(norm.weight.dtype)).type_as(x)
+
+
+class TokenWise(NamedTuple):
+    """What a layer does to each token alone, between its products; `longvid/models/compiled.py` has others for it."""
+
+    modulated: Callable[[Tensor, Tensor, Tensor, float], Tensor] = modulated
+    gated: Callable[[Tensor, Tensor, Tensor], Tensor] = gated
+    normed: Callable[[Tensor, nn.LayerNorm], Tensor] = normed
+    rotate: Rotate = rotate
+
+
 class Layer(nn.Module):
     """Self-attention over block and context, cross-attention to the text, feed-forward."""
 
@@ -234,6 +253,7 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(dim, config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(dim, config.ffn_dim, dim, TanhGELU())
         self.scale_shift_table = nn.Parameter(modulation_table(6, dim))
+        self.token_wise = TokenWise()
 
     def forward(
         self,
@@ -249,16 +269,17 @@ class Layer(nn.Module):
         table = (self.scale_shift_table + modulation.float())[..., None, None, :]  # (b, f or 1, 6, 1, 1, d)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = table.unbind(2)
 
-        normed = modulated(x, shift_attn, scale_attn, self.eps).type_as(x)
+        do = self.token_wise
+        normed = do.modulated(x, shift_attn, scale_attn, self.eps).type_as(x)
         attended, features = self._self_attention(normed, sights, turn, visible, exchange)
-        x = torch.addcmul(x.float(), attended.float(), gate_attn).type_as(x)
+        x = do.gated(x, attended, gate_attn)
 
-        normed = x if self.norm2 is None else self.norm2(x.to(self.norm2.weight.dtype)).type_as(x)
+        normed = x if self.norm2 is None else do.normed(x, self.norm2)
         query = self.attn2.query(normed).flatten(1, 3)
         x = x + self.attn2.output(attend(query, *text)).view_as(x)
 
-        normed = modulated(x, shift_ffn, scale_ffn, self.eps).type_as(x)
-        return torch.addcmul(x.float(), self.ffn(normed).float(), gate_ffn).type_as(x), features
+        normed = do.modulated(x, shift_ffn, scale_ffn, self.eps).type_as(x)
+        return do.gated(x, self.ffn(normed), gate_ffn), features
 
     def _self_attention(
         self,
@@ -270,7 +291,7 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, KV]:
         query, keys, values = exchange.by_heads(*(y.flatten(2, 3) for y in self.attn1.query_key_value(x)))
         own = KV(keys, values)
-        outs = [look(query, own, sight, turn, visible) for sight in sights]
+        outs = [look(query, own, sight, turn, visible, self.token_wise.rotate) for sight in sights]
         out = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
         out = exchange.by_tokens(out.unflatten(1, (x.shape[1], -1)))
         return self.attn1.output(out).view_as(x), own

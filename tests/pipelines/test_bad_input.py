@@ -82,6 +82,7 @@ def refused(longvid, here):
         ("--device tpu", ["device='tpu'", "cpu, cuda"]),
         ("--dtype int8", ["dtype='int8'", "float32 or bfloat16"]),
         ("--vae-dtype float16", ["vae_dtype='float16'", "float32 or bfloat16"]),
+        ("--device cpu --compile", ["compile is for GPUs", "leave --compile out"]),
         ("--frobnicate 1", ["--frobnicate"]),
         ("--promp words", ["--promp", "unrecognized"]),
         ("stray", ["stray", "unrecognized"]),

@@ -1,5 +1,7 @@
 """Training as one CUDA graph: its parts against torch's and the films' own, on a CPU."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from pipelines.film_latents import BLOCK, LONG, OPENINGS, PICTURES, SINK, encode
 from pipelines.graph_training import GraphTraining, StackedMuon
 from pipelines.optimise import LoopConfig
 from pipelines.resident_films import ResidentFilms, StepSizes, bias, read, recalled, step_loss
-from pipelines.train_dit import CLEAN, DiTTraining, Teacher, velocity_of
+from pipelines.train_dit import CLEAN, DiTTraining, Teacher, prepare, velocity_of
 
 
 def test_stacked_muon_is_torchs():
@@ -47,6 +49,40 @@ def test_the_model_and_its_follower_get_the_averages():
     assert torch.equal(follower.weight, training.averages[0]) and not torch.equal(follower.weight, model.weight)
     training.put_averages()
     assert torch.equal(follower.weight, model.weight)
+
+
+def test_gradients_agree_with_plain_ones_for_the_same_randomness():
+    torch.manual_seed(0)
+    model, signs = nn.Linear(4, 4), []
+
+    def loss():
+        return (model(torch.randn(64, 4)) - 1).square().mean() * (signs.pop() if signs else 1)
+
+    training = GraphTraining(model, loss, learning_rate=0.05, ema_decay=0.5)
+    assert training.agreement() == pytest.approx(1, abs=1e-6) and all(p.grad is None for p in model.parameters())
+    signs += [1, -1]
+    assert training.agreement() == pytest.approx(-1, abs=1e-6)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="for a GPU")
+@pytest.mark.parametrize("kind", ("pictures", "openings", "long"))
+def test_gradients_on_a_gpu_are_the_plain_ones(kind, sets, encoder, tmp_path):
+    """Of as many films as a step of the training in scripts/train_on_gpu.py has, since kernels depend on shapes."""
+    loop = LoopConfig(out=tmp_path, num_steps=1, batch_size=1, learning_rate=1e-3)
+    config = DiTTraining(loop=loop, fps=16, device="cuda", compile=True)
+    dit, frozen = (
+        load_dit(open_folder(BASE), torch.float32, "cuda").requires_grad_(wanted) for wanted in (True, False)
+    )
+    for model in (dit, frozen):
+        prepare(model, config)
+    on_gpu = TextEncoder.load(BASE, torch.float32, "cuda")
+    films = ResidentFilms({kind: sets[kind]}, on_gpu, config, StepSizes())
+    for teacher in (None, Teacher(dit=frozen, no_text=films.no_text, scale=3.0)):
+        training = GraphTraining(
+            dit, partial(step_loss, dit, films, frozen, teacher), learning_rate=1e-3, ema_decay=0.9
+        )
+        assert training.agreement() > 0.98
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from longvid.checkpoints.diffusers_folder import load_dit, load_vae, open_folder
 from pipelines import draw_films
 from pipelines.configure import BASE
+from pipelines.graph_training import GraphTraining
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_on_gpu.py"
 
@@ -51,6 +53,54 @@ def test_all_parts(tmp_path, monkeypatch, capsys):
     made = subprocess.run([sys.executable, "-m", "pipelines.cli", "generate", "--model", tmp_path / "tiny-fast",
                            "--seconds", "0.3", "--output", tmp_path / "a.mp4", "--quiet"], check=False)  # fmt: skip
     assert made.returncode == 0 and (tmp_path / "a.mp4").stat().st_size > 1000
+
+
+def test_a_new_model_begins_with_pictures_and_openings(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(draw_films, "AT_ONCE", 2)
+    words = (tmp_path, "--device", "cpu", "--workers", 1, "--films", 4, 4, 4, "--scale", 0.02, "--seconds", 1000, 0, 0,
+             0, "--graded", 0, "--new", 0.001)  # fmt: skip
+    monkeypatch.setattr(time, "sleep", lambda seconds: run(monkeypatch, *words, "--only", "films"))
+    run(monkeypatch, *words, "--only", "tiny")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "waiting for pictures.pt" and said[1:4] == [
+        f"{x}: 4 films" for x in ("pictures", "openings", "long")
+    ]
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in said[4:]]
+    assert len(losses) == 2 and all(0.5 < loss < 3 for loss in losses)  # of a model that knows nothing, in both parts
+    old, new = (load_dit(open_folder(path), torch.float32) for path in (BASE, tmp_path / "tiny"))
+    assert new.blocks["7"].scale_shift_table.abs().max() < 0.1 < old.blocks["7"].scale_shift_table.abs().max()
+
+
+def test_a_gpu_whose_gradients_are_wrong_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(draw_films, "AT_ONCE", 2)
+    monkeypatch.setattr(GraphTraining, "agreement", lambda training: 0.3)
+    words = (
+        tmp_path,
+        "--device",
+        "cpu",
+        "--workers",
+        1,
+        "--films",
+        4,
+        4,
+        4,
+        "--scale",
+        0.02,
+        "--seconds",
+        1000,
+        0,
+        0,
+        0,
+    )
+    with pytest.raises(SystemExit, match="tiny: the gradients.*cosine 0.30.*another version of torch"):
+        run(monkeypatch, *words, "--only", "films", "tiny")
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_films_that_nobody_makes_are_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit, match="pictures.pt is not there after 600 s.*--only films"):
+        run(monkeypatch, tmp_path, "--device", "cpu", "--only", "tiny")
 
 
 def test_what_a_student_has_learned_is_added():
