@@ -74,7 +74,7 @@ class GraphTraining:
             found = self._gradients()
         with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
             plain = self._gradients()
-        return torch.nn.functional.cosine_similarity(found, plain, 0).item()
+        return nn.functional.cosine_similarity(found, plain, 0).item()
 
     @torch.no_grad()
     def put_averages(self) -> None:
@@ -98,7 +98,7 @@ class GraphTraining:
 
     def _gradients(self) -> Tensor:
         gradients = torch.autograd.grad(self.loss(), self.trained)
-        return torch.cat([g.flatten().float() for g in gradients])
+        return torch.cat([g.flatten().double() for g in gradients])
 
     def _compute(self) -> None:
         for p in self.trained:
