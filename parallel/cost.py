@@ -120,16 +120,20 @@ def decoding_order(plan: Plan, grid: Grid, start: int = 0) -> dict[int, list[int
     """Where the decoder is cut: the blocks whose back is computed just before a pass, and whose frames are taken just
     after it.
 
-    It is the first pass through the back's process whose latents are taken after the block has left, so what it needs
-    is there, and the head has what came of it by the end of that pass. Blocks that leave too late for any come at the
-    end, which is counted as a pass, and those that had left before the pass `start` are not among them.
+    It is the first pass through the back's process whose latents are taken after the block has left, or as many passes
+    through it later as the grid's `decode_lag` says: the process need not wait for what it needs then, and passes for
+    which others wait go first. The head has what came of it by the end of that pass. Blocks that leave too late for
+    any come at the end, which is counted as a pass, and those that had left before the pass `start` are not among them.
     """
     order, lane = feeding_order(plan), grid.place(grid.back).lane
     due: dict[int, list[int]] = {}
     waiting: deque[tuple[int, int]] = deque()
+    through: deque[int] = deque(maxlen=grid.decode_lag + 1)
     for i, p in enumerate(plan.passes[start:], start):
-        while lane in (None, p.lane) and waiting and waiting[0][0] <= order[i]:
-            due.setdefault(i, []).append(waiting.popleft()[1])
+        if lane in (None, p.lane):
+            through.append(i)
+            while len(through) > grid.decode_lag and waiting and waiting[0][0] <= order[through[0]]:
+                due.setdefault(i, []).append(waiting.popleft()[1])
         waiting.extend((i, block) for block in p.emits)
     due[len(plan.passes)] = [block for _, block in waiting]
     return due

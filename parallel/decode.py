@@ -16,7 +16,7 @@ from longvid.frames import to_frames
 from longvid.models.vae import VAE, VAEState
 from longvid.plan import Plan
 from longvid.types import Latents
-from parallel.cost import decoding_order, feeding_order
+from parallel.cost import decoding_order
 from parallel.execute import Stage
 from parallel.link import Message
 
@@ -36,6 +36,8 @@ class _Part:
         self.vae, self.plan, self.size = vae, plan, size
         self.source, self.target = stage.decoding
         self.due = {BEFORE: blocks_before(plan, start), **decoding_order(plan, stage.grid, start)}
+        self.left_at = dict.fromkeys(self.due[BEFORE], BEFORE)
+        self.left_at |= {block: i for i, p in enumerate(plan.passes[start:], start) for block in p.emits}
         self.states: dict[int, VAEState] = {}
         self.source.expect(self._messages())
 
@@ -64,8 +66,6 @@ class Front(_Part):
     def __init__(self, vae: VAE, stage: Stage, plan: Plan, start: int, size: tuple[int, int, int]):
         super().__init__(vae, stage, plan, start, size)
         self.due_at = {block: i for i, blocks in self.due.items() for block in blocks}
-        self.left_at = dict.fromkeys(self.due[BEFORE], BEFORE)
-        self.left_at |= {block: i for i, p in enumerate(plan.passes[start:], start) for block in p.emits}
 
     def put(self, block: int, latents: Latents) -> None:
         """Compute the front of a block that has left, and hand on what comes of it."""
@@ -98,11 +98,14 @@ class Back(_Part):
         during: Callable[[int], AbstractContextManager] = lambda block: nullcontext(),
     ):
         super().__init__(vae, stage, plan, start, size)
-        self.during, self.order = during, [*feeding_order(plan), len(plan.passes) - 1]
+        self.during = during
 
     def compute(self, i: int) -> None:
-        """What is due before the pass `i`; after the last that is what is left."""
-        index, arrived = (i, i) if i == BEFORE else (i + 1, self.order[i])
+        """What is due before the pass `i`; after the last that is what is left.
+
+        What comes of a block tells that frames due at passes before it left have arrived.
+        """
+        index = i if i == BEFORE else i + 1
         for block in self.due.get(i, ()):
             video = self.plan.address(block)[0]
             come = self._features_of(block, is_start=video not in self.states)
@@ -110,7 +113,7 @@ class Back(_Part):
             with self.during(block):
                 pixels, self.states[video] = self.vae.decode_back(features, self.states.get(video))
                 frames = to_frames(pixels)[0]
-            self.target.send(frames, index, arrived)
+            self.target.send(frames, index, self.left_at[block])
 
     def _messages(self) -> Iterator[Message]:
         return (piece for features in self._all_features() for piece in features)

@@ -172,8 +172,8 @@ def carry_out(
     own cache, and the queue is on the head. `observe` is called after each pass that goes through this part, and on the
     head after all; `during` is entered for what this part computes of a pass. Raises as `sample` does.
 
-    Where the grid cuts the decoder, `decode_back` is called with the index of each pass before it is computed, and last
-    with their number, and (block, None) on the head says that the block's frames come by then.
+    Where the grid cuts the decoder, `decode_back` is called with the index of each pass before its input is waited for,
+    and last with their number, and (block, None) on the head says that the block's frames come by then.
     """
     device = next(part.parameters()).device
     if start is None:
@@ -185,8 +185,8 @@ def carry_out(
     due = decoding_order(plan, stage.grid, start.done) if stage.grid.back else {}
     for i, p in enumerate(plan.passes[start.done :], start.done):
         if stage.runs(p):
-            x = stage.source.receive()
             decode_back(i)
+            x = stage.source.receive()
             with during(p):
                 contexts = cache.contexts(p)
                 y, features = part(x, timesteps_of(p, device), text(p), contexts, fps=fps, keep=bool(p.writes),

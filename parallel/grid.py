@@ -24,13 +24,14 @@ class Grid:
 
     Rank 0, on the first machine, is the head: the last stage of lane 0, first band, which holds latents, noise and
     solver state, decodes, and writes files. The bands of a stage are neighbours, since they exchange most. The VAE's
-    decoder may be cut, too: then another process computes its back.
+    decoder may be cut, too: then another process computes its back, and lets `decode_lag` of its passes go first.
     """
 
     num_stages: int
     num_bands: int = 1
     num_lanes: int = 1
     cuts_decoder: bool = False
+    decode_lag: int = 0
 
     @property
     def world_size(self) -> int:
@@ -74,6 +75,10 @@ class Grid:
                 chain = [0, *(self.rank(lane, stage, band) for stage in range(self.num_stages)), 0]
                 pairs = list(zip(chain, chain[1:], strict=False))
                 yield from (pair for pair in pairs if pair[0] != pair[1])
+
+
+DECODE_LAGS = 4
+"""How many lags are tried, from 0 on: which is best follows from how long passes and the decoder take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +133,8 @@ def possible_grids(num_processes: int, limits: Limits, asked: Degrees, *, may_cu
     ]  # fmt: skip
     if not found:
         raise ValueError(_why_none(num_processes, limits, asked, lanes, bands))
-    able = [cut for cut in (replace(grid, cuts_decoder=True) for grid in found) if cut.back]
+    able = [cut for grid in found for lag in range(DECODE_LAGS)
+            if (cut := replace(grid, cuts_decoder=True, decode_lag=lag)).back]  # fmt: skip
     if asked.cuts_decoder and not able:
         raise ValueError("parallel_vae cuts the decoder between the head and another stage or lane, and there is none; "
                          "use --nproc 2 or more, or leave it out")  # fmt: skip

@@ -135,7 +135,7 @@ def test_it_is_what_processes_that_exchange_messages_do(seed):
     method = METHODS[name](num_steps=rng.randint(1, 5), guidance_scale=rng.choice([1.0, 3.0]))
     plan = make_plan(method, rng.randint(2, 40))
     plain = Grid(num_stages=rng.randint(1, 5), num_lanes=rng.choice([1, method.num_lanes]),
-                 cuts_decoder=rng.random() < 0.6)  # fmt: skip
+                 cuts_decoder=rng.random() < 0.6, decode_lag=rng.randrange(4))  # fmt: skip
     grid = replace(plain, num_bands=rng.choice([1, 2, 4]))
     named = ("fixed", "per_latent", "per_pair", "first", "last", "turn", "decode", "latency", "message")
     costs = Costs(**{name: rng.uniform(0, 2) for name in named}, bandwidth=rng.uniform(300, 30000))

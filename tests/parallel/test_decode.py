@@ -16,7 +16,8 @@ from parallel.grid import Grid
 from pipelines.methods import METHODS
 
 SIZE = (4, 2, 3)
-GRIDS = [Grid(num_stages=3, cuts_decoder=True), Grid(num_stages=1, num_lanes=2, cuts_decoder=True)]
+GRIDS = [Grid(num_stages=3, cuts_decoder=True), Grid(num_stages=1, num_lanes=2, cuts_decoder=True),
+         Grid(num_stages=3, cuts_decoder=True, decode_lag=2)]  # fmt: skip
 
 
 class Link:
@@ -55,7 +56,7 @@ def plans():
     yield "several", interleave(make_plan(METHODS["rolling"](num_steps=3), 10), 3, 2)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=["stages", "lanes"])
+@pytest.mark.parametrize("grid", GRIDS, ids=["stages", "lanes", "stages, later"])
 @pytest.mark.parametrize("name, plan", plans(), ids=[name for name, _ in plans()])
 @pytest.mark.parametrize("begun", [0.0, 0.6])
 def test_it_shows_what_a_whole_decoder_shows(vae, grid, name, plan, begun):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.grid import Degrees, Grid, Limits, cut_rows, possible_grids, row_ranges
+from parallel.grid import DECODE_LAGS, Degrees, Grid, Limits, cut_rows, possible_grids, row_ranges
 
 GRIDS = [Grid(num_stages=stages, num_bands=bands, num_lanes=lanes)
          for stages in (1, 2, 3, 5) for bands in (1, 2, 3) for lanes in (1, 2)]  # fmt: skip
@@ -38,10 +38,10 @@ LIMITS = Limits(num_layers=6, num_heads=12, num_rows=5, num_lanes=2)
 
 
 def degrees_of(grids):
-    """Of those that leave the decoder whole; that the same with it cut come after them."""
-    found = [(grid.num_stages, grid.num_bands, grid.num_lanes, grid.cuts_decoder) for grid in grids]
-    cut = [(*degrees[:3], True) for degrees in found if not degrees[3] and degrees[0] * degrees[2] > 1]
+    """Of those that leave the decoder whole; that the same with it cut, at every lag, come after them."""
+    found = [(grid.num_stages, grid.num_bands, grid.num_lanes, grid.cuts_decoder, grid.decode_lag) for grid in grids]
     whole = [degrees for degrees in found if not degrees[3]]
+    cut = [(*degrees[:3], True, lag) for degrees in whole if degrees[0] * degrees[2] > 1 for lag in range(DECODE_LAGS)]
     assert found == whole + cut
     return [degrees[:3] for degrees in whole]
 
