@@ -15,6 +15,8 @@ from pathlib import Path
 
 REPEATS = 5
 NUM_FILMS = 200
+LENGTHS = (10, 60, 120, 300, 600)
+"""Seconds of video whose memory is compared."""
 
 
 def command(folder: Path, seconds: float, name: str, *more: str) -> dict:
@@ -39,13 +41,20 @@ def minute(folder: Path) -> None:
 
 
 def memory(folder: Path) -> None:
-    """Peak memory of a long video against a short one."""
-    peaks: dict[int, list[float]] = {10: [], 120: []}
-    for seconds in (10, 120) * 3:
+    """Peak memory against length, by the default model; a picture of it, `memory.svg`, is left here."""
+    from longvid.lines import Lines, draw_lines
+
+    peaks: dict[int, list[float]] = {seconds: [] for seconds in LENGTHS}
+    for seconds in LENGTHS * 3:
         peaks[seconds].append(command(folder, seconds, "one")["peak_memory_mb"][0])
-    short, long = map(statistics.median, peaks.values())
-    print(f"peak memory: 10 s of video {short:.0f} MiB, 120 s {long:.0f} MiB, {100 * (long / short - 1):+.1f} % "
-          "(medians of 3)")  # fmt: skip
+    medians = {seconds: statistics.median(found) for seconds, found in peaks.items()}
+    said = (f"{seconds} s {peak:.0f} MiB ({100 * (peak / medians[LENGTHS[0]] - 1):+.1f} %)"
+            for seconds, peak in medians.items())  # fmt: skip
+    print("peak memory by length of the video, medians of 3: " + ", ".join(said))
+    Path("memory.svg").write_text(draw_lines(Lines(
+        title="peak memory against length, tiny-fast", x="seconds of video", y="MiB", log_x=True,
+        lines={"medians of 3": list(medians.items())},
+    )))  # fmt: skip
 
 
 def processes(folder: Path) -> None:
