@@ -102,7 +102,7 @@ def leave_out_cudnn_attention() -> None:
     """From here on this process attends by other kernels than cuDNN's, torch's first choice on Hopper and later GPUs.
 
     Its gradients in bfloat16 are wrong at some shapes (torch 2.11 to 2.13: pytorch issue 196678, kyutai-labs/pocket-tts
-    pull request 264); what it says without gradients is right.
+    pull request 264). Where no gradient is taken it stays: it is the fastest there.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 

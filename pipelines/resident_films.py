@@ -200,8 +200,8 @@ def recalled(batch: Batch, states: Text, dit: DiT, config: DiTTraining, share: f
     level = 0.2 + 0.6 * torch.rand(count, 1, device=clean.device)
     levels = level.expand(-1, clean.shape[2])
     noisy = add_noise(clean, torch.randn_like(clean), levels)
-    batch_seen = Batch(clean=clean, captions=[], levels=levels, counts=batch.counts[:count], mask=mask)
-    velocity = velocity_of(dit, batch_seen, noisy, states[:count], dtype=config.dtype, fps=config.fps)
+    soiled = Batch(clean=clean, captions=[], levels=levels, counts=batch.counts[:count], mask=mask)
+    velocity = velocity_of(dit, soiled, noisy, states[:count], dtype=config.dtype, fps=config.fps)
     is_context = (batch.levels[:count] <= CLEAN)[:, None, :, None, None]
     guess = torch.where(is_context, denoise(noisy, velocity, levels), clean)
     return replace(batch, clean=torch.cat([guess, batch.clean[count:]]))
