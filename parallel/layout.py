@@ -30,7 +30,7 @@ class Layout:
         grid, idle = self.grid, 100 * self.planned.mean_idle
         bands = f" of {grid.num_bands} processes that share its heads" if grid.num_bands > 1 else ""
         lanes = f" for each of {grid.num_lanes} lanes of guidance" if grid.num_lanes > 1 else ""
-        back = f", the decoder's back on process {grid.back}" if grid.back else ""
+        back = f", the decoder's back on process {grid.back}, {grid.decode_lag} passes late" if grid.back else ""
         return f"{grid.num_stages} stages{bands}{lanes}, layers {stages}{back}; idle {idle:.0f} %"
 
 

@@ -25,7 +25,7 @@ def grid_json(timeline: Timeline, layers: list[range], memory: list[dict[str, in
         })  # fmt: skip
     return {
         "unit": unit, "stages": grid.num_stages, "sequence": grid.num_bands, "lanes": grid.num_lanes,
-        "decoder_back": grid.back,
+        "decoder_back": grid.back, "decode_lag": grid.decode_lag,
         "makespan": timeline.makespan, "speed_up": one / timeline.makespan, "first_block": timeline.first_block,
         "idle_fraction": float(np.mean(timeline.idle)), "processes": processes,
     }  # fmt: skip
@@ -38,7 +38,7 @@ def grid_text(found: dict) -> Iterator[str]:
     yield (f"{degrees}: makespan {found['makespan']:.4g} {unit}, {found['speed_up']:.2f} times one process; first "
            f"block after {found['first_block']:.4g} {unit}; idle {100 * found['idle_fraction']:.1f} %")  # fmt: skip
     if found["decoder_back"]:
-        yield f"the decoder's back on process {found['decoder_back']}"
+        yield f"the decoder's back on process {found['decoder_back']}, {found['decode_lag']} passes late"
     yield "rank  stage  band  lane  layers     idle   sent MiB  weights MiB  features MiB  activations MiB"
     for p in found["processes"]:
         mib = [p[name] / 2**20 for name in ("bytes_sent", "weights_bytes", "features_bytes", "activations_bytes")]

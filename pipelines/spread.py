@@ -126,7 +126,8 @@ def layout_record(layout: Layout | None, run: Run) -> dict:
     """A layout as JSON holds it; None is one process."""
     grid, layers = (layout.grid, layout.layers) if layout else (Grid(num_stages=1), [range(limits_of(run).num_layers)])
     return {"stages": grid.num_stages, "sequence": grid.num_bands, "lanes": grid.num_lanes,
-            "decoder_back": grid.back, "layers": [[part.start, part.stop] for part in layers]}  # fmt: skip
+            "decoder_back": grid.back, "decode_lag": grid.decode_lag,
+            "layers": [[part.start, part.stop] for part in layers]}  # fmt: skip
 
 
 def grids_that_fit(grids: list[Grid], run: Run, plan: Plan, available: int) -> list[Grid]:
