@@ -97,6 +97,10 @@ class RunFolder:
                 yield block, load_file(self.clean / f"{block:06d}.safetensors")["latents"]
 
 
+SINCE = {"compile": False}
+"""What runs had that were begun before there was a choice."""
+
+
 def depends_on(run: Kept) -> dict:
     """What must be the same for a run to go on to the same video, as JSON holds it."""
     values = {name: value for name, value in run.record().items() if name not in ("device", "model")}
@@ -112,7 +116,7 @@ def command_of(path: Path) -> dict:
 
 def check_same(path: Path, run: Kept) -> None:
     """Raise ValueError, naming what differs, unless the run is that of the folder."""
-    before, now = command_of(path)["depends_on"], depends_on(run)
+    before, now = {**SINCE, **command_of(path)["depends_on"]}, depends_on(run)
     if differing := [name for name in now if before.get(name) != now[name]]:
         name = differing[0]
         raise ValueError(f"{path} was made with {name}={before.get(name)}, now it is {now[name]}: a video cannot go on "

@@ -88,13 +88,13 @@ def train_decoder(options: argparse.Namespace, vae: VAE) -> None:
 
 def train_dit(options: argparse.Namespace, name: str, folder: Folder) -> None:
     """`tiny` learns from films, `tiny-fast` what the model that it begins as says with guidance."""
-    dit = load_dit(folder, torch.float32, options.device)
     text = TextEncoder.load(folder.path, torch.float32, options.device)
     is_fast = name == "tiny-fast"
     config = DiTTraining(loop=loop(options, 5e-4 if is_fast else 2e-3), fps=16, device=options.device,
                          compile=options.device != "cpu", teacher_guidance=GUIDANCE if is_fast else 0.0)  # fmt: skip
     is_new = options.new and not is_fast
-    dit = (new_dit(config).to(options.device) if is_new else dit).train().requires_grad_(True)
+    dit = new_dit(config).to(options.device) if is_new else load_dit(folder, torch.float32, options.device)
+    dit.train().requires_grad_(True)
     frozen = deepcopy(dit).requires_grad_(False)
     if is_fast and options.student:
         add_lesson(dit, options)

@@ -5,10 +5,13 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from pipelines.configure import configure
+from pipelines.run_folder import check_same, depends_on
 from tests.pipelines.conftest import load, read_json, save_film
 from tests.pipelines.test_spread import ENVIRONMENT, command, picture, run, workers_of
 
@@ -155,3 +158,13 @@ def test_wrong_requests(model, own_model, here, longvid):
     assert other.returncode == 2 and "checkpoint=" in other.stderr and "begin anew" in other.stderr
     assert sorted(path for path in here.rglob("*")) == before
     assert json.loads((here / "v.run" / "run.json").read_text())["command"][0] == "generate"
+
+
+def test_a_run_begun_before_there_was_a_choice_goes_on(model, tmp_path):
+    run = configure(model=model, num_frames=9, num_steps=2, seed=1)
+    before = depends_on(run)
+    for changed, message in (({}, None), ({"seed": 2}, "made with seed=2, now it is 1")):
+        stored = {name: value for name, value in before.items() if name != "compile"} | changed
+        (tmp_path / "run.json").write_text(json.dumps({"depends_on": stored}))
+        with pytest.raises(ValueError, match=message) if message else nullcontext():
+            check_same(tmp_path, run)
